@@ -1,0 +1,317 @@
+// The block-scaled MMA of a warp tile, native (sm_120f) or emulated (sm_90a).
+//
+// A WarpMma<A, B, MT, NT> multiplies MT fragments of 16 rows with NT fragments of 8 columns, K
+// advancing by kStepK a step and by kBlockK = 128 a block. Once a block it loads the scales from
+// shared memory; once a step it takes the B fragments; then each A fragment is multiplied with all
+// of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
+#pragma once
+#include <utility>
+
+#include "device/operand.cuh"
+#include "kernels/gemm.h"
+
+namespace sm120 {
+
+template <int... kI, class F>
+__device__ __forceinline__ void static_for_impl(std::integer_sequence<int, kI...>, F&& f) {
+  (f(std::integral_constant<int, kI>{}), ...);
+}
+// f(integral_constant<int, i>) for i = 0 .. kCount-1: indices that asm immediates can use.
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(F&& f) {
+  static_for_impl(std::make_integer_sequence<int, kCount>{}, static_cast<F&&>(f));
+}
+
+// Byte permute, PTX ISA 9.7.9.7 "prmt"; selector nibble 0..3 = byte of a, 4..7 = byte of b.
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// Byte selector that turns a loaded scale word into the four scales of a K-block.
+// gran_k 32: the word's own bytes, those past the last K-group replaced by exponent 0 in the last
+// block (their data is zero, but a stray 0xFF would make it NaN). gran_k 128: byte block % 4, four
+// times.
+__device__ __forceinline__ uint32_t scale_selector(const ScaleGran& gran, int block, bool last) {
+  const uint32_t selector = gran.select + (block & 3) * gran.select_step;
+  return last ? selector ^ gran.select_tail : selector;
+}
+
+#if SM120_OPS_NATIVE
+
+template <Format kA, Format kB, int MT, int NT>
+class WarpMma {
+ public:
+  static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
+  static constexpr int kStepK = kBothFp4 ? 64 : 32;
+  static constexpr Access kAccessA = kAccess<kA, kB>;
+  static constexpr Access kAccessB = kAccess<kB, kA>;
+  static constexpr float kAccScale = 1.f;  // D = acc * kAccScale
+  using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
+  using RawB = uint32_t[2];
+
+  // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
+  // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
+  // move and ptxas re-materialises them all over the loop.
+  __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
+                                              uint32_t select_b) {
+    const int g = lane_id() / 4, half = lane_id() % 2;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      const int row = 16 * i + 8 * half + g;
+      sfa_[i] = prmt(lds32(sfa + 4 * row), 0, select_a);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      sfb_[j] = prmt(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), 0, select_b);
+    }
+  }
+
+  __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      b_[j][0] = raw[j][0], b_[j][1] = raw[j][1];
+    }
+  }
+
+  // A fragment i, step kStep of the block; the partial sums are the emulation's business.
+  template <int kStep, bool kScalePerBlock>
+  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
+    uint32_t a[4];
+    if constexpr (kAccessA == Access::kPackedFp4) {
+      unpack_fp4(a[0], a[2], raw[0]);
+      unpack_fp4(a[1], a[3], raw[1]);
+    } else {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) a[x] = raw[x];
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      if constexpr (kBothFp4) {
+        mma_mxf4<2 * kStep>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
+      } else {
+        mma_mxf8f6f4<kA, kStep>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
+      }
+    }
+  }
+
+  template <bool kScalePerBlock>
+  __device__ __forceinline__ void finish_block(float (&)[MT][NT][4]) {}
+
+ private:
+  // 8 nibbles n0..n7 -> bytes n0..n3 and n4..n7, each value in bits 5..2
+  static __device__ __forceinline__ void unpack_fp4(uint32_t& lo, uint32_t& hi, uint32_t packed) {
+    const uint32_t even = (packed << 2) & 0x3c3c3c3cu, odd = (packed >> 2) & 0x3c3c3c3cu;
+    lo = prmt(even, odd, 0x5140);
+    hi = prmt(even, odd, 0x7362);
+  }
+
+  uint32_t sfa_[MT], sfb_[NT], b_[NT][2];
+};
+
+#else  // emulated
+
+// Fragments become f16 (exact for e4m3 and e2m1), are multiplied by HMMA with FP32 sums, and the
+// sums are scaled in FP32: d += p * 2^(ea-127) * 2^(eb-127). If one scale covers the whole block
+// on both sides (kScalePerBlock), its four 32-blocks are summed before they are scaled.
+template <Format kA, Format kB, int MT, int NT>
+class WarpMma {
+ public:
+  static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
+  static constexpr int kStepK = kBothFp4 ? 64 : 32;
+  static constexpr Access kAccessA = kAccess<kA, kB>;
+  static constexpr Access kAccessB = kAccess<kB, kA>;
+  // e2m1 is moved into f16's bits without re-biasing, which divides it by 2^14
+  static constexpr float kAccScale = (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
+  using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
+  using RawB = uint32_t[2];
+
+  __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
+                                              uint32_t select_b) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * i + 8 * h + g;
+        sfa_[i][h] = prmt(lds32(sfa + 4 * row), 0, select_a);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
+        sfb_[j][e] = prmt(lds32(sfb + 4 * column), 0, select_b);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
+#pragma unroll
+    for (int j = 0; j < NT; ++j) convert_b(b_[j], raw[j]);
+  }
+
+  template <int kStep, bool kScalePerBlock>
+  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
+    uint32_t a[kHmmas][4];
+    convert_a(a, raw);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      if constexpr (kScalePerBlock) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          if (kStep == 0 && half == 0) {
+            mma_f16_zero(partial_[i][j], a[0], b_[j][0]);
+          } else {
+            mma_f16(partial_[i][j], a[2 * half], b_[j][2 * half]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          mma_f16(partial_[i][j], a[2 * half + 1], b_[j][2 * half + 1]);
+        }
+      } else {
+        constexpr int kByte = kStep * kHalves;
+        float p[NT][4];
+#pragma unroll
+        for (int j = 0; j < NT; ++j) mma_f16_zero(p[j], a[2 * half], b_[j][2 * half]);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) mma_f16(p[j], a[2 * half + 1], b_[j][2 * half + 1]);
+        const float scale_a[2] = {exponent(sfa_[i][0], kByte + half),
+                                  exponent(sfa_[i][1], kByte + half)};
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          const float scale_b[2] = {exponent(sfb_[j][0], kByte + half),
+                                    exponent(sfb_[j][1], kByte + half)};
+          scale_add(acc[j], p[j], scale_a, scale_b);
+        }
+      }
+    }
+  }
+
+  // Ends a block: scales what kScalePerBlock summed, and turns rows and columns whose scale is
+  // the NaN code 0xFF into NaN (as a float the code would be an infinity).
+  template <bool kScalePerBlock>
+  __device__ __forceinline__ void finish_block(float (&acc)[MT][NT][4]) {
+    if constexpr (kScalePerBlock) {
+      float scale_a[MT][2];
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) scale_a[i][h] = exponent(sfa_[i][h], 0);
+      }
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const float scale_b[2] = {exponent(sfb_[j][0], 0), exponent(sfb_[j][1], 0)};
+#pragma unroll
+        for (int i = 0; i < MT; ++i) scale_add(acc[i][j], partial_[i][j], scale_a[i], scale_b);
+      }
+    }
+    uint32_t any_nan = 0;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) any_nan |= nan_code(sfa_[i][0]) | nan_code(sfa_[i][1]);
+#pragma unroll
+    for (int j = 0; j < NT; ++j) any_nan |= nan_code(sfb_[j][0]) | nan_code(sfb_[j][1]);
+    if (any_nan) {
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            if (nan_code(sfa_[i][x / 2]) | nan_code(sfb_[j][x % 2])) acc[i][j][x] = __int_as_float(0x7fffffff);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kHalves = kStepK / 32;     // 32-blocks of K a step
+  static constexpr int kHmmas = 2 * kHalves;      // HMMAs of K = 16 a step
+
+  // A registers of every HMMA of a step: rows g and g + 8 interleaved. A register of FP8 has two
+  // f16 pairs (one HMMA), one of FP4 four (two HMMAs).
+  static __device__ __forceinline__ void convert_a(uint32_t (&a)[kHmmas][4], const RawA& raw) {
+    constexpr int kPieces = sizeof(RawA) / 8, kHmmasAPiece = kHmmas / kPieces;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      uint32_t top[4], bottom[4];
+      if constexpr (kA == Format::kFp4) {
+        fp4_to_f16(top, raw[2 * p]);
+        fp4_to_f16(bottom, raw[2 * p + 1]);
+      } else {
+        fp8_to_f16(top[0], top[1], raw[2 * p]);
+        fp8_to_f16(bottom[0], bottom[1], raw[2 * p + 1]);
+      }
+#pragma unroll
+      for (int x = 0; x < kHmmasAPiece; ++x) {
+        uint32_t(&hmma)[4] = a[p * kHmmasAPiece + x];
+        hmma[0] = top[2 * x], hmma[1] = bottom[2 * x];
+        hmma[2] = top[2 * x + 1], hmma[3] = bottom[2 * x + 1];
+      }
+    }
+  }
+
+  // B registers of every HMMA of a step
+  static __device__ __forceinline__ void convert_b(uint32_t (&b)[kHmmas][2], const RawB& raw) {
+    if constexpr (kB == Format::kFp4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t h[4];
+        fp4_to_f16(h, raw[half]);
+        b[2 * half][0] = h[0], b[2 * half][1] = h[1];
+        b[2 * half + 1][0] = h[2], b[2 * half + 1][1] = h[3];
+      }
+    } else if constexpr (kAccessB == Access::kPlain) {
+      fp8_to_f16(b[0][0], b[0][1], raw[0]);
+      fp8_to_f16(b[1][0], b[1][1], raw[1]);
+    } else {  // bytes k0..k7 paired as fp4_to_f16 pairs its nibbles: (0,4) (1,5) (2,6) (3,7)
+      fp8_to_f16(b[0][0], b[0][1], prmt(raw[0], raw[1], 0x5140));
+      fp8_to_f16(b[1][0], b[1][1], prmt(raw[0], raw[1], 0x7362));
+    }
+  }
+
+  // PTX ISA 9.7.9.21 "cvt": e4m3x2 -> f16x2, exact
+  static __device__ __forceinline__ void fp8_to_f16(uint32_t& lo, uint32_t& hi, uint32_t v) {
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, h;\n}"
+        : "=r"(lo), "=r"(hi)
+        : "r"(v));
+  }
+
+  // e2m1 nibbles n0..n7 -> f16 pairs (n0,n4) (n1,n5) (n2,n6) (n3,n7), each 2^-14 of its value:
+  // sign to bit 15, exponent and mantissa bits to 11..9
+  static __device__ __forceinline__ void fp4_to_f16(uint32_t (&h)[4], uint32_t v) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t sign = (v << (12 - 4 * q)) & 0x80008000u;
+      const uint32_t rest = (q < 3 ? v << (9 - 4 * q) : v >> 3) & 0x0e000e00u;
+      h[q] = sign | rest;
+    }
+  }
+
+  // 2^(byte - 127); 0 is the subnormal 2^-127, and 0xFF is left to finish_block
+  static __device__ __forceinline__ float exponent(uint32_t word, int byte) {
+    const uint32_t bits = (byte < 3 ? word << (23 - 8 * byte) : word >> 1) & 0x7f800000u;
+    return __uint_as_float(max(bits, 0x00400000u));
+  }
+
+  static __device__ __forceinline__ uint32_t nan_code(uint32_t word) {
+    return ((word & 0x7f7f7f7fu) + 0x01010101u) & word & 0x80808080u;
+  }
+
+  // acc rows g, g + 8 x columns 2t, 2t + 1
+  static __device__ __forceinline__ void scale_add(float (&acc)[4], const float (&p)[4],
+                                                   const float (&a)[2], const float (&b)[2]) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) acc[x] = fmaf(p[x], a[x / 2] * b[x % 2], acc[x]);
+  }
+
+  uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
+  float partial_[MT][NT][4];
+};
+
+#endif
+
+}  // namespace sm120

@@ -1,0 +1,79 @@
+// mbarrier objects and the producer/consumer ring built on them.
+// PTX ISA 9.7.13 "Parallel Synchronization and Communication Instructions: mbarrier".
+#pragma once
+#include <cstdint>
+
+#include "device/arch.cuh"
+
+namespace sm120 {
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Keeps the compiler from recomputing a value (the shared-memory base costs it several
+// instructions in every loop iteration) instead of holding it in a register.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarpSize; }
+
+__device__ __forceinline__ void mbarrier_init(uint32_t bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
+// Makes the inits visible to the async proxy (TMA) before any copy may signal them.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra retry;\n"
+      "finished:\n"
+      "}\n" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+
+// Position in a ring of kStages slots: slot index and the parity of its current use.
+template <int kStages>
+struct RingState {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The one place where a consumer warp gives a stage back to the producer.
+// Hazard: without the fence ptxas issues the arrive while the warp's last ldmatrix is still in
+// flight, and the next TMA write overwrites the tile under it (seen on an H200: up to 0.8 % wrong
+// outputs). The fence must be executed by every lane, before the warp converges.
+__device__ __forceinline__ void release_stage(uint32_t empty_bar) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if (lane_id() == 0) mbarrier_arrive(empty_bar);
+}
+
+}  // namespace sm120

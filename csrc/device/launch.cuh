@@ -1,0 +1,31 @@
+// Controls that concern a whole block or grid: register budgets, dependent launch, grid barrier.
+#pragma once
+#include <cooperative_groups.h>
+
+#include "device/arch.cuh"
+
+namespace sm120 {
+
+// PTX ISA 9.7.19.5 "setmaxnreg": registers are granted per four warps, so producers give theirs up.
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// PTX ISA 9.7.13.13 "griddepcontrol" (programmatic dependent launch). Both are no-ops in a launch
+// without the attribute. Every block must wait before its first read or write of global memory.
+__device__ __forceinline__ void pdl_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void pdl_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Barrier and memory fence over all blocks of a cooperative launch; every thread must call it.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+}  // namespace sm120

@@ -1,0 +1,95 @@
+// How a warp's lanes read A (16-row) and B (8-row) fragments from a swizzled, K-major tile.
+//
+// Lane 4g + t. Three access patterns, by the operand's format and its partner's:
+//   like formats        32 bytes of a row a step, by ldmatrix: the MMA's own fragment order.
+//   FP4 (A) beside FP8  16 bytes a step, by ldmatrix: lane t gets the 8 values k = 8t .. 8t+7.
+//   FP8 (B) beside FP4  32 bytes a step, by 8-byte loads, so that lane t gets the same k's.
+// The order of k within a 32-block is free as long as A and B agree. The mixed pair always has FP4
+// as A: a lane's 8 bytes of FP8 are then an aligned register pair, just what a B fragment is.
+// In the last pattern fragment column c is tile row 2(c mod 4) + c / 4, because rows 0, 2, 4, 6 of
+// a swizzled tile lie in different banks and rows 0, 1, 2, 3 do not.
+#pragma once
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+
+namespace sm120 {
+
+enum class Access { kPlain, kPackedFp4, kPairedFp8 };
+
+template <Format kOwn, Format kOther>
+inline constexpr Access kAccess = kOwn == kOther           ? Access::kPlain
+                                  : kOwn == Format::kFp4 ? Access::kPackedFp4
+                                                         : Access::kPairedFp8;
+
+// Bytes of a row that one MMA step consumes.
+template <Access kMode>
+inline constexpr int kStepBytes = kMode == Access::kPackedFp4 ? 16 : 32;
+
+// Tile row that holds column c (0..7) of a B fragment.
+template <Access kMode>
+__device__ __forceinline__ int fragment_column(int c) {
+  return kMode == Access::kPairedFp8 ? 2 * (c & 3) + (c >> 2) : c;
+}
+
+template <Access kMode, int kRowBytes>
+class ReaderA {
+ public:
+  static constexpr int kRegs = kMode == Access::kPackedFp4 ? 2 : 4;
+
+  static_assert(kMode != Access::kPairedFp8, "beside FP4, FP8 is the B operand");
+
+  // first_row: tile row of the warp's first fragment, a multiple of 16
+  __device__ explicit ReaderA(int first_row) {
+    const int lane = lane_id();
+    const int chunk = kMode == Access::kPlain ? lane / 16 : 0;
+    offset_ = swizzled<kRowBytes>(first_row + lane % 16, 16 * chunk);
+  }
+
+  // r: [kRegs] of fragment m_tile (16 rows each) at the given step
+  __device__ __forceinline__ void load(uint32_t (&r)[kRegs], uint32_t tile, int m_tile,
+                                       int step) const {
+    ldmatrix<kRegs>(r, tile + (offset_ ^ (step * kStepBytes<kMode>)) + m_tile * 16 * kRowBytes);
+  }
+
+ private:
+  uint32_t offset_;
+};
+
+template <Access kMode, int kRowBytes, int kTiles>
+class ReaderB {
+ public:
+  static constexpr int kRegs = 2;
+  static_assert(kMode != Access::kPackedFp4, "beside FP8, FP4 is the A operand");
+
+  // first_row: tile row of the warp's first fragment, a multiple of 8
+  __device__ explicit ReaderB(int first_row) {
+    const int lane = lane_id();
+    if constexpr (kMode == Access::kPairedFp8) {
+      offset_ = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
+    } else {  // matrices: tile j chunks 0, 1, tile j+1 chunks 0, 1
+      const int row = lane % 8 + (kTiles > 1 ? lane / 16 * 8 : 0);
+      offset_ = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
+    }
+  }
+
+  // r: [kTiles][kRegs], fragments of 8 rows each, at the given step
+  __device__ __forceinline__ void load(uint32_t (&r)[kTiles][kRegs], uint32_t tile,
+                                       int step) const {
+    const uint32_t address = tile + (offset_ ^ (step * kStepBytes<kMode>));
+#pragma unroll
+    for (int j = 0; j < kTiles; j += kGroup) {
+      if constexpr (kMode == Access::kPairedFp8) {
+        lds64(r[j][0], r[j][1], address + j * 8 * kRowBytes);
+      } else {
+        ldmatrix<kGroup * kRegs>(r[j], address + j * 8 * kRowBytes);
+      }
+    }
+  }
+
+ private:
+  // fragments one instruction reads
+  static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2 ? 1 : 2;
+  uint32_t offset_;
+};
+
+}  // namespace sm120

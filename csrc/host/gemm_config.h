@@ -1,0 +1,74 @@
+// Which compiled tile, orientation and schedule a GEMM runs with: pure host code, no GPU needed.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace sm120 {
+
+enum class OperandFormat { kMxfp8, kMxfp4 };
+
+// The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
+// axis), warps along the rows (of 8) for like formats and for FP4 beside FP8, K of a pipeline stage
+// for FP8 beside FP8, and why the tile is there.
+//   128 x 128  most reuse a byte; eight 64x32 warps (32x64 where FP4 rows are unpacked, so that an
+//              unpacked fragment serves 8 MMAs). 64 of K a stage: five stages fit 99 KB, with 128
+//              only two.
+//   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
+//   64 x 64    33 .. 64 tokens, or narrow products.
+//   64 x 32    17 .. 32 tokens.
+//   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
+//   128 x 16   the same with half the CTA count, for many weight rows.
+#define SM120_GEMM_TILES(X) \
+  X(128, 128, 2, 4, 64)     \
+  X(128, 64, 4, 4, 128)     \
+  X(64, 64, 4, 4, 128)      \
+  X(64, 32, 4, 4, 128)      \
+  X(64, 16, 4, 4, 128)      \
+  X(128, 16, 8, 8, 128)
+
+struct GemmTile {
+  int rows, cols;
+};
+inline constexpr GemmTile kGemmTiles[] = {
+#define SM120_TILE(rows, cols, ...) {rows, cols},
+    SM120_GEMM_TILES(SM120_TILE)
+#undef SM120_TILE
+};
+inline constexpr int kNumGemmTiles = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
+
+struct GemmShape {
+  int64_t m, n, k;
+  OperandFormat a, b;
+  int gran_k_a, gran_k_b;
+};
+
+struct GpuModel {
+  int num_sms;
+  bool native;      // block-scaled MMA in hardware (12.x), else emulated (9.0)
+  int64_t l2_bytes;
+  int dram_gbps;    // 0 = unknown
+};
+
+struct GemmConfig {
+  int tile;         // index into kGemmTiles
+  bool swapped;     // rows = B, cols = A
+  bool split;       // K-blocks of all tiles cut into `grid` equal ranges
+  int grid;
+  // the model's terms, in microseconds
+  double compute_us, dram_us, tail_us, total_us;
+
+  std::string to_string() const;  // JSON
+};
+
+// FP4 beside FP8 must be the operand of the 16-row axis (device/operand.cuh), and only a product
+// with more than one K-block can be split.
+bool is_legal(const GemmShape& shape, bool swapped, bool split);
+
+// A given configuration with its grid and the model's estimate.
+GemmConfig evaluate_gemm_config(int tile, bool swapped, bool split, const GemmShape& shape,
+                                const GpuModel& gpu);
+
+// The cheapest legal configuration by the cost model; needs m, n > 0.
+GemmConfig choose_gemm_config(const GemmShape& shape, const GpuModel& gpu);
+
+}  // namespace sm120

@@ -1,0 +1,98 @@
+#include "host/gemm_launch.h"
+
+#include <array>
+#include <atomic>
+#include <cstring>
+
+#include "host/tensor_map.h"
+
+namespace sm120 {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+GemmInstance find_instance(OperandFormat rows, OperandFormat cols, int tile) {
+  if (rows == OperandFormat::kMxfp8) return gemm_instance_fp8_fp8(tile);
+  return cols == OperandFormat::kMxfp4 ? gemm_instance_fp4_fp4(tile) : gemm_instance_fp4_fp8(tile);
+}
+
+CUtensorMap data_map(const GemmOperand& x, int64_t k, int box_rows, int box_bytes) {
+  const int64_t row_bytes = x.format == OperandFormat::kMxfp4 ? k / 2 : k;
+  return operand_map(x.data, x.rows, row_bytes, x.stride, box_rows, box_bytes);
+}
+
+CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows) {
+  return scale_map(x.scale, x.rows, ceil_div(k, 4 * x.gran_k), x.scale_stride, box_rows);
+}
+
+// Allows the kernel its dynamic shared memory, once a kernel and device.
+cudaError_t allow_smem(GemmKernel kernel, int smem_bytes, OperandFormat rows, OperandFormat cols,
+                       int tile) {
+  constexpr int kDevices = 128;
+  static std::array<std::atomic<bool>, 4 * kNumGemmTiles * kDevices> done{};
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const int formats = 2 * static_cast<int>(rows) + static_cast<int>(cols);
+  std::atomic<bool>& flag = done[(formats * kNumGemmTiles + tile) * kDevices + device % kDevices];
+  if (flag.load(std::memory_order_acquire)) return cudaSuccess;
+  const cudaError_t set =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (set == cudaSuccess) flag.store(true, std::memory_order_release);
+  return set;
+}
+
+}  // namespace
+
+int64_t gemm_workspace_bytes(const GemmConfig& config) {
+  if (!config.split) return 0;
+  const GemmTile& tile = kGemmTiles[config.tile];
+  return 2ll * config.grid * tile.rows * tile.cols * 4;
+}
+
+cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const GemmOperand& b,
+                        int64_t k, const GemmOutput& out, void* workspace, cudaStream_t stream) {
+  const GemmOperand& rows = config.swapped ? b : a;
+  const GemmOperand& cols = config.swapped ? a : b;
+  const GemmTile& tile = kGemmTiles[config.tile];
+  const GemmInstance instance = find_instance(rows.format, cols.format, config.tile);
+  const cudaError_t error =
+      allow_smem(instance.kernel, instance.smem_bytes, rows.format, cols.format, config.tile);
+  if (error != cudaSuccess) return error;
+
+  GemmParams p;
+  std::memset(&p, 0, sizeof(p));
+  if (k > 0) {
+    p.rows = data_map(rows, k, tile.rows, instance.rows_box_bytes);
+    p.cols = data_map(cols, k, tile.cols, instance.cols_box_bytes);
+    p.rows_scale = scales_map(rows, k, tile.rows);
+    p.cols_scale = scales_map(cols, k, tile.cols);
+  }
+  p.out = out;
+  p.workspace = static_cast<float*>(workspace);
+  p.num_rows = static_cast<int32_t>(rows.rows);
+  p.num_cols = static_cast<int32_t>(cols.rows);
+  p.rows_gran = ScaleGran(rows.gran_k, static_cast<int>(k));
+  p.cols_gran = ScaleGran(cols.gran_k, static_cast<int>(k));
+  p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
+  p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
+  p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
+  p.swapped = config.swapped;
+  p.split = config.split;
+
+  // A split launch has a grid barrier, so all its CTAs must run at once: cooperative.
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = config.split;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(config.grid);
+  launch.blockDim = dim3(kGemmThreads);
+  launch.dynamicSmemBytes = instance.smem_bytes;
+  launch.stream = stream;
+  launch.attrs = &cooperative;
+  launch.numAttrs = config.split ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, instance.kernel, p);
+}
+
+}  // namespace sm120

@@ -1,0 +1,28 @@
+// From a checked GEMM problem to a kernel launch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "host/gemm_config.h"
+#include "kernels/gemm.h"
+
+namespace sm120 {
+
+// A K-major operand and its canonical packed scales.
+struct GemmOperand {
+  const void* data;       // [rows, K] e4m3 bytes or [rows, K/2] packed e2m1
+  int64_t stride;         // bytes between rows
+  const void* scale;      // int32 [rows, words], rows contiguous
+  int64_t scale_stride;   // int32 between words
+  OperandFormat format;
+  int gran_k;
+  int64_t rows;
+};
+
+// Bytes of workspace the configuration needs for partial sums (0 unless split).
+int64_t gemm_workspace_bytes(const GemmConfig& config);
+
+// D = (C +) A @ B.T on the stream; workspace as sized above. Returns the launch's error.
+cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const GemmOperand& b,
+                        int64_t k, const GemmOutput& out, void* workspace, cudaStream_t stream);
+
+}  // namespace sm120

@@ -1,0 +1,18 @@
+// TMA descriptors. The driver's encoder is found at run time, so that nothing links libcuda.
+#pragma once
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace sm120 {
+
+// A K-major operand as bytes: [rows, row_bytes], rows `stride` bytes apart (both multiples of 16),
+// read in swizzled boxes of [box_rows, box_bytes] (64 or 128 bytes).
+CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
+                        int box_rows, int box_bytes);
+
+// Canonical packed scales: int32 [rows, words] with the rows contiguous and words `stride` int32
+// apart, read in boxes of one word of box_rows rows.
+CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t stride, int box_rows);
+
+}  // namespace sm120

@@ -1,0 +1,118 @@
+#include "kernels/atom_rate.h"
+
+#include "device/atom.cuh"
+
+namespace sm120 {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Operands that change every step: loops over unchanging ones are merged by the compiler.
+template <int kRegs>
+__device__ __forceinline__ void refresh(uint32_t (&r)[kRegs], uint32_t salt) {
+#pragma unroll
+  for (int x = 0; x < kRegs; ++x) r[x] ^= salt;
+}
+
+template <Format kA, Format kB, int MT, int NT, bool kScalePerBlock>
+__global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float* sink) {
+  using Mma = WarpMma<kA, kB, MT, NT>;
+  __shared__ uint32_t scales[2][256];
+  scales[0][threadIdx.x] = 0x7e7f7f7e + (threadIdx.x & 1);
+  scales[1][threadIdx.x] = 0x7f7e7e7f - (threadIdx.x & 1);
+  __syncthreads();
+  const uint32_t sfa = smem_address(scales[0]), sfb = smem_address(scales[1]);
+
+  typename Mma::RawA a[MT];
+  typename Mma::RawB b[NT];
+  for (auto& fragment : a) {
+    for (uint32_t& r : fragment) r = (threadIdx.x * 2654435761u) & 0x33333333u;
+  }
+  for (auto& fragment : b) {
+    for (uint32_t& r : fragment) r = (threadIdx.x * 2246822519u) & 0x33333333u;
+  }
+  float acc[MT][NT][4] = {};
+  Mma mma;
+  for (int it = 0; it < iterations; ++it) {
+    mma.load_scales(sfa + 4 * (it & 1), sfb + 4 * (it & 1), 0x3210, 0x3210);
+    static_for<kBlockK / Mma::kStepK>([&](auto step) {
+#pragma unroll
+      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);
+      mma.set_b(b);
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+        refresh(a[i], (it & 1) + step + i);
+        mma.template multiply<step, kScalePerBlock>(i, acc[i], a[i]);
+      }
+    });
+    mma.template finish_block<kScalePerBlock>(acc);
+  }
+  float sum = 0;
+  for (int i = 0; i < MT; ++i) {
+    for (int j = 0; j < NT; ++j) {
+      for (int x = 0; x < 4; ++x) sum += acc[i][j][x];
+    }
+  }
+  sink[blockIdx.x * kThreads + threadIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) bf16_rate(int iterations, float* sink) {
+  constexpr int MT = 4, NT = 4, kSteps = kBlockK / 16;
+  uint32_t a[MT][4], b[NT][2];
+  for (auto& fragment : a) {
+    for (uint32_t& r : fragment) r = 0x3f803f80u + (threadIdx.x & 7);
+  }
+  for (auto& fragment : b) {
+    for (uint32_t& r : fragment) r = 0x3f813f81u + (threadIdx.x & 3);
+  }
+  float acc[MT][NT][4] = {};
+  for (int it = 0; it < iterations; ++it) {
+    static_for<kSteps>([&](auto step) {
+#pragma unroll
+      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+        refresh(a[i], (it & 1) + step + i);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) mma_bf16(acc[i][j], a[i], b[j]);
+      }
+    });
+  }
+  float sum = 0;
+  for (int i = 0; i < MT; ++i) {
+    for (int j = 0; j < NT; ++j) {
+      for (int x = 0; x < 4; ++x) sum += acc[i][j][x];
+    }
+  }
+  sink[blockIdx.x * kThreads + threadIdx.x] = sum;
+}
+
+}  // namespace
+
+int64_t launch_atom_rate(RateAtom atom, int iterations, int num_sms, float* sink,
+                         cudaStream_t stream, cudaError_t* error) {
+  constexpr Format k8 = Format::kFp8, k4 = Format::kFp4;
+  switch (atom) {
+    case RateAtom::kMxfp8Gran128:
+      scaled_rate<k8, k8, 4, 4, true><<<num_sms, kThreads, 0, stream>>>(iterations, sink);
+      break;
+    case RateAtom::kMxfp8Gran32:
+      scaled_rate<k8, k8, 4, 4, false><<<num_sms, kThreads, 0, stream>>>(iterations, sink);
+      break;
+    case RateAtom::kMxfp4:
+      scaled_rate<k4, k4, 4, 4, false><<<num_sms, kThreads, 0, stream>>>(iterations, sink);
+      break;
+    case RateAtom::kMxfp4Mxfp8:
+      scaled_rate<k4, k8, 2, 8, false><<<num_sms, kThreads, 0, stream>>>(iterations, sink);
+      break;
+    case RateAtom::kBf16:
+      bf16_rate<<<num_sms, kThreads, 0, stream>>>(iterations, sink);
+      break;
+  }
+  *error = cudaGetLastError();
+  if (*error != cudaSuccess) return 0;
+  const int64_t block_flops = 8ll * (64 * 32) * kBlockK * 2;  // 8 warps, 64x32 or 32x64 each
+  return block_flops * iterations * num_sms;
+}
+
+}  // namespace sm120

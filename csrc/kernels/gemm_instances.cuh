@@ -1,0 +1,26 @@
+// Instantiates one format pair of the GEMM for every tile of the table.
+#pragma once
+#include "host/gemm_config.h"
+#include "kernels/block_scaled_gemm.cuh"
+
+namespace sm120 {
+
+template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDownLike,
+          int kWarpsDownMixed, int kStageKFp8>
+GemmInstance make_instance() {
+  constexpr bool kLike = kRowsFormat == kColsFormat;
+  constexpr bool kBothFp8 = kLike && kRowsFormat == Format::kFp8;
+  using Traits = GemmTraits<kRowsFormat, kColsFormat, kRows, kCols,
+                            kLike ? kWarpsDownLike : kWarpsDownMixed, kBothFp8 ? kStageKFp8 : 128>;
+  return {block_scaled_gemm<Traits>, Traits::kSmemBytes, Traits::kRowsRowBytes,
+          Traits::kColsRowBytes};
+}
+
+#define SM120_INSTANCE(...) make_instance<SM120_FORMATS, __VA_ARGS__>(),
+#define SM120_DEFINE_INSTANCES(name)                                      \
+  GemmInstance name(int tile) {                                           \
+    static const GemmInstance table[] = {SM120_GEMM_TILES(SM120_INSTANCE)}; \
+    return table[tile];                                                   \
+  }
+
+}  // namespace sm120

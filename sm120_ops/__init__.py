@@ -1,0 +1,34 @@
+"""Block-scaled MXFP8 and MXFP4 kernels for NVIDIA SM120 and SM121 GPUs, as `torch.ops.sm120.*`.
+
+Importing the package loads the compiled library and registers every op; no GPU is touched. On CPU
+tensors an op runs its PyTorch reference, on CUDA tensors its kernel, under `torch.compile` and CUDA
+graphs too.
+"""
+
+from __future__ import annotations
+
+from . import _load, nn
+from ._version import __version__
+from .device import is_supported
+from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
+from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.quantize import dequantize, quantize
+
+_load.load()
+
+__all__ = [
+    "__version__",
+    "dequantize",
+    "gemm",
+    "gemm_nn",
+    "gemm_tn",
+    "gemm_tt",
+    "is_supported",
+    "nn",
+    "pack_fp4",
+    "pack_scales",
+    "quantize",
+    "transpose_fp4",
+    "unpack_fp4",
+    "unpack_scales",
+]

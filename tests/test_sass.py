@@ -1,0 +1,118 @@
+"""The machine code of the built library: what each sm_120f GEMM kernel is really made of.
+
+No SM120 GPU is needed. The limits for instructions per MMA hold for the largest tile of each format
+pair, where the tensor core must be kept busy; the smaller tiles are bound by memory, and the table
+that is printed shows them all.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import sass
+
+from sm120_ops import _load
+
+MAX_REGISTERS = 255
+MAX_SHARED_BYTES = 101376  # of one block on SM120
+# A tensor core of SM120 takes 16 cycles for one MMA, so a scheduler has 16 issue slots a warp.
+INSTRUCTIONS_PER_MMA = {"fp8": 2.4, "fp4": 3.0, "mixed": 4.0}
+
+
+def kind(kernel: sass.Kernel) -> str:
+    """Operand formats, told by the MMA instruction itself."""
+    if any(opcode.startswith("OMMA.SF") for opcode in kernel.mma_opcodes):
+        return "fp4"
+    return "mixed" if any("E2M1" in opcode for opcode in kernel.mma_opcodes) else "fp8"
+
+
+def tile_area(kernel: sass.Kernel) -> int:
+    """Rows times columns: the first two plain integers among the template arguments."""
+    rows, columns = re.findall(r"[<,] ?(\d+)(?=[,>])", sass.short_name(kernel))[:2]
+    return int(rows) * int(columns)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[sass.Kernel]:
+    found = sass.read_kernels(_load.LIBRARY, "sm_120f")
+    return [kernel for kernel in found if "block_scaled_gemm" in kernel.name]
+
+
+def test_table(kernels: list[sass.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels
+    with capsys.disabled():
+        print(f"\n{sass.table(kernels)}")
+
+
+def test_uses_the_block_scaled_mma(kernels: list[sass.Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.mma_opcodes, kernel.name
+        for opcode in kernel.mma_opcodes:
+            assert re.match(r"(QMMA|OMMA)\.SF\.", opcode), f"{opcode} in {kernel.name}"
+    assert {kind(kernel) for kernel in kernels} == {"fp8", "fp4", "mixed"}
+
+
+def test_no_local_memory_in_main_loops(kernels: list[sass.Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.mma_loops, f"no loop around the MMAs of {kernel.name}"
+        for loop in kernel.mma_loops:
+            assert loop.local_accesses == [], kernel.name
+
+
+def test_resources(kernels: list[sass.Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.registers <= MAX_REGISTERS, kernel.name
+        assert kernel.static_shared <= MAX_SHARED_BYTES, kernel.name
+
+
+def test_stages_are_released_behind_a_fence(kernels: list[sass.Kernel]) -> None:
+    """Without it the arrive is issued while the last load of the stage is in flight: a race."""
+    for kernel in kernels:
+        for loop in kernel.mma_loops:
+            assert loop.releases > 0, kernel.name
+            assert loop.unfenced_releases() == [], kernel.name
+
+
+def test_a_missing_fence_is_seen() -> None:
+    """The analysis on a made-up kernel: a main loop with an inner spin, fenced and not."""
+    text = """
+        Function : kernel
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1+URZ], R2 ;
+        /*0020*/              @!P0 BRA 0x00b0 ;
+        /*0030*/                   LDSM.16.M88.4 R4, [R1] ;
+        /*0040*/                   QMMA.SF.16832.F32.E4M3.E4M3.E8 R8, R4, R6, R8, R2, R3, URZ ;
+        /*0050*/                   NOP ;
+        /*0060*/                   {fence} ;
+        /*0070*/             @!P1  SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R1+URZ], RZ ;
+        /*0080*/               @P2 BRA 0x0010 ;
+        /*0090*/                   STL [R1], R8 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1+URZ], R2 ;
+        /*00c0*/              @!P0 BRA 0x00b0 ;
+        /*00d0*/                   BRA 0x0030 ;
+    """
+    for fence, unfenced in (("FENCE.VIEW.ASYNC.S", []), ("MEMBAR.ALL.CTA", []), ("NOP", [0x70])):
+        (loop,) = sass.mma_loops(sass.parse(text.format(fence=fence))["kernel"])
+        assert (loop.head, loop.mmas, loop.releases) == (0x10, 1, 1)
+        assert [i.address for i in loop.body] == list(range(0x10, 0x90, 0x10))
+        assert loop.local_accesses == []
+        assert [i.address for i in loop.unfenced_releases()] == unfenced
+
+
+@pytest.mark.parametrize("formats", list(INSTRUCTIONS_PER_MMA))
+def test_instructions_per_mma(kernels: list[sass.Kernel], formats: str) -> None:
+    of_kind = [kernel for kernel in kernels if kind(kernel) == formats]
+    largest = max(map(tile_area, of_kind))
+    for kernel in of_kind:
+        if tile_area(kernel) == largest:
+            for loop in kernel.mma_loops:
+                assert loop.instructions_per_mma <= INSTRUCTIONS_PER_MMA[formats], kernel.name
+
+
+def test_both_targets_have_every_kernel() -> None:
+    native = {kernel.name for kernel in sass.read_kernels(_load.LIBRARY, "sm_120f")}
+    emulated = {kernel.name for kernel in sass.read_kernels(_load.LIBRARY, "sm_90a")}
+    assert native == emulated
+    assert native
