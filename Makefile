@@ -30,10 +30,10 @@ $(PY):
 	"$(PYTHON)" -m venv $(VENV)
 
 # What the build needs: torch's headers, CUTLASS's headers (--no-deps: its Python side is not used),
-# ninja, and the CUDA compiler and CMake where the machine has none.
+# ninja, and the CUDA compiler and CMake where the machine has none; rich and numpy are for running.
 $(STAMP)-build: Makefile setup.py pyproject.toml | $(PY)
 	@echo "installing the build tools into $(VENV)"
-	@$(PIP) install -q "setuptools>=77" ninja rich $(TORCH_INDEX) torch==2.13.0
+	@$(PIP) install -q "setuptools>=77" ninja rich numpy $(TORCH_INDEX) torch==2.13.0
 	@$(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0
 	@$(PY) -c 'import setup; print(*setup.missing_tools(), sep="\n")' \
 	  | $(PIP) install -q -r /dev/stdin

@@ -98,34 +98,35 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     """Addresses [begin, end) that the elements span; empty for a tensor without elements."""
     if tensor.numel() == 0:
         return (0, 0)
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    span = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        span += (size - 1) * stride
     begin = tensor.data_ptr()
-    return (begin, begin + (last + 1) * tensor.element_size())
+    return (begin, begin + span * tensor.element_size())
 
 
-def may_overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """True unless the elements of x and y surely share no memory.
-
-    Besides disjoint address ranges, it knows two matrices that are disjoint column slices of one
-    row-major buffer, such as C and D side by side.
-    """
-    x_begin, x_end = byte_range(x)
-    y_begin, y_end = byte_range(y)
-    if x_begin >= y_end or y_begin >= x_end:
+def _disjoint_columns(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """True for two matrices that are disjoint column slices of one row-major buffer."""
+    row = x.stride(0) * x.element_size()
+    if row <= 0 or row != y.stride(0) * y.element_size():
         return False
-    if x.dim() == 2 and y.dim() == 2 and x.stride(1) == 1 and y.stride(1) == 1:
-        row = x.stride(0) * x.element_size()
-        if row > 0 and row == y.stride(0) * y.element_size():
-            x_width = x.shape[1] * x.element_size()
-            y_width = y.shape[1] * y.element_size()
-            offset = (y_begin - x_begin) % row
-            return offset < x_width or offset + y_width > row
-    return True
+    offset = (y.data_ptr() - x.data_ptr()) % row
+    x_width, y_width = x.shape[1] * x.element_size(), y.shape[1] * y.element_size()
+    return offset >= x_width and offset + y_width <= row
 
 
 def require_no_overlap(op: str, arg: str, out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    """ValueError unless the elements of `out` surely share no memory with an input's."""
     if not has_address(out):
         return
+    begin, end = byte_range(out)
     for name, tensor in inputs.items():
-        if tensor is not None and has_address(tensor) and may_overlap(out, tensor):
-            fail(op, arg, f"memory apart from {name}", "overlapping memory")
+        if tensor is None or not has_address(tensor):
+            continue
+        other_begin, other_end = byte_range(tensor)
+        if begin >= other_end or other_begin >= end:
+            continue
+        matrices = out.dim() == 2 and tensor.dim() == 2
+        if matrices and out.stride(1) == tensor.stride(1) == 1 and _disjoint_columns(out, tensor):
+            continue
+        fail(op, arg, f"memory apart from {name}", "overlapping memory")

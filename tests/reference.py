@@ -144,6 +144,12 @@ class Operand:
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.data, self.scale
 
+    def to(self, device: str) -> Operand:
+        data = self.data.contiguous().to(device)
+        codes, scales = self.codes.to(device), self.bytes.to(device)
+        packed = pack_scale_bytes(scales)
+        return Operand(data, packed, codes, scales, self.values.to(device), self.fmt, self.gran_k)
+
 
 def random_operand(
     rows: int,

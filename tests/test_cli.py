@@ -1,11 +1,10 @@
-"""The command line, the device report, the benchmark's arithmetic and the self-test."""
+"""The command line, the device report and the self-test."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,22 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sm120_ops import bench, device, selftest
+from sm120_ops import device, selftest
 from sm120_ops.__main__ import main
-from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, overhead, peers, quantize
-from sm120_ops.bench import report as bench_report
-from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
-from sm120_ops.bench.context import Context
-from sm120_ops.bench.record import (
-    Line,
-    Mark,
-    gemm_bytes,
-    gemm_flops,
-    quantize_bytes,
-    scale_bytes,
-)
-from sm120_ops.bench.timing import Timer, Timing, measure_host_us
 from sm120_ops.selftest import cases, formulas
 
 NO_GPU = pytest.mark.skipif(device.is_supported(), reason="there is a GPU that runs the kernels")
@@ -163,228 +148,6 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "nonsense" in capsys.readouterr().err
     assert main(["selftest", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "report.json" in capsys.readouterr().err
-
-
-# ---- bench ---------------------------------------------------------------------------------------
-
-
-@NO_GPU
-def test_bench_without_gpu() -> None:
-    done = run("bench", "--quick")
-    assert done.returncode == 2
-    assert "needs a GPU" in done.stderr
-    assert "found" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_bytes_are_counted_once() -> None:
-    # A 4x256 FP8 (1024) and B 8x256 FP8 (2048); scales of 2 groups: one word for each row, rows in
-    # fours (16 + 32); D 4x8 BF16 (64).
-    assert gemm_bytes(4, 8, 256, ("mxfp8", "mxfp8"), (128, 128)) == 1024 + 2048 + 16 + 32 + 64
-    assert gemm_bytes(4, 8, 256, ("mxfp4", "mxfp8"), (32, 128)) == 512 + 2048 + 32 + 32 + 64
-    assert gemm_bytes(4, 8, 256, ("bf16", "bf16"), (0, 0)) == 2 * 256 * 12 + 64
-    assert scale_bytes(1, 2880, 128) == 4 * 6 * 4  # 23 groups in 6 words, 1 row padded to 4
-    assert quantize_bytes(4, 256, "mxfp4", 32) == 4 * 256 * 2 + 512 + 32
-    assert gemm_flops(2, 3, 5) == 60
-
-
-def test_derived_figures() -> None:
-    line = Line(
-        "gemm", "mxfp8", "", "sm120_ops", us=10.0, flops=2 * 10**9, bytes=20 * 10**6,
-        weight_bytes=10**7, ceiling_tflops=400.0, copy_gbps=4000.0,
-    )  # fmt: skip
-    assert line.tflops == pytest.approx(200.0)
-    assert line.gbps == pytest.approx(2000.0)
-    assert line.tbps == pytest.approx(2.0)
-    assert line.weight_tbps == pytest.approx(1.0)
-    assert line.ceiling_share == pytest.approx(0.5)
-    assert line.copy_share == pytest.approx(0.5)
-    assert line.intensity == pytest.approx(100.0)
-    failed = Line("gemm", "fp8", "", "torch", us=None, flops=1, bytes=1, note="does not run")
-    assert failed.tflops is None
-    assert failed.gbps is None
-    assert bench_report.row(failed)[-2] == "does not run"
-
-
-def test_marks() -> None:
-    line = Line("gemm", "mxfp8", "", "sm120_ops", us=11.0)
-    fast = Mark("us", "<=", 12, "us", gpu="H200")
-    assert fast.verdict(line, "NVIDIA H200") == "pass"
-    assert fast.verdict(line, "NVIDIA GeForce RTX 5090") == ""
-    assert Mark("us", "<=", 10, "us").verdict(line, "") == "short"
-    assert Mark("ceiling_share", ">=", 0.8, "% of atom").verdict(line, "") == ""
-    assert str(Mark("ceiling_share", ">=", 0.8, "% of atom")) == ">= 80 % of atom"
-    assert str(fast) == "<= 12 us"
-    with pytest.raises(ValueError, match="expected >= or <="):
-        Mark("us", "<", 1, "us")
-
-
-def test_atoms_of_formats() -> None:
-    assert atom_of(("mxfp8", "mxfp8"), (128, 128)) == "mxfp8_gran128"
-    assert atom_of(("mxfp8", "mxfp8"), (32, 128)) == "mxfp8_gran32"
-    assert atom_of(("mxfp4", "mxfp4"), (32, 32)) == "mxfp4"
-    assert atom_of(("mxfp8", "mxfp4"), (128, 32)) == "mxfp8_mxfp4"
-
-
-@pytest.mark.parametrize("mode", ["quick", "standard", "full"])
-def test_gemm_cases(mode: str) -> None:
-    listed = list(gemm.cases(mode))
-    assert len(listed) == len(set(listed))
-    for case in listed:
-        assert case.K % (32 if "mxfp4" in case.formats else 16) == 0
-    marked = {(c.M, c.N, c.K) for c in listed if c.mark is not None}
-    assert {(1, 7168, 16384), (16, 7168, 16384), (1, 2112, 7168), (128, 2112, 7168)} <= marked
-    assert {(128, 7168, 2048), (4096, 7168, 16384)} <= marked
-
-
-class HostTimer:
-    """Runs the work once; there are no CUDA events on a CPU."""
-
-    floor_us = 1.0
-
-    def measure(self, launch: Any) -> Timing:
-        launch()
-        return Timing(us=10.0, best_us=9.0, runs=1)
-
-
-@pytest.fixture
-def context() -> Context:
-    ceilings = Ceilings(copy_gbps=4000.0, atom_tflops=dict.fromkeys(ATOMS, 400.0))
-    timer: Any = HostTimer()
-    return Context(torch.device("cpu"), "NVIDIA H200", timer, ceilings, "standard", True)
-
-
-def test_gemm_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = (
-        gemm.Case(4, 16, 256, gemm.FP8_128, gemm.WEIGHTS),
-        gemm.Case(32, 48, 256, gemm.FP8_32, gemm._at_most(20)),
-        gemm.Case(32, 48, 256, gemm.FP4),
-        gemm.Case(32, 48, 256, gemm.W4A8, gemm._share(0.75)),
-    )
-    monkeypatch.setattr(gemm, "TABLE", table)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    lines = list(gemm.run(context))
-    ours = [line for line in lines if line.provider == "sm120_ops"]
-    assert len(ours) == 4
-    for line in ours:
-        assert line.diff is not None
-        assert line.diff < (1e-3 if "mxfp4" not in line.name else 2e-2)
-    assert [line.verdict for line in ours] == ["short", "pass", "", "short"]
-    assert ours[2].weight_bytes == 48 * 128
-    matmul = [line for line in lines if line.provider == "torch.matmul"]
-    assert [line.shape for line in matmul] == ["4x16x256", "32x48x256"]
-    table_text = [bench_report.row(line) for line in lines]
-    assert all(len(cells) == 3 + len(bench_report.NUMBERS) for cells in table_text)
-
-
-def test_a_peer_that_fails_is_a_line(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-
-    def broken() -> None:
-        raise RuntimeError("no kernel for this shape\nand more")
-
-    line = context.time_peer(broken, family="gemm", name="x", shape="1x1x1", provider="peer")
-    assert line.us is None
-    assert line.note == "does not run: no kernel for this shape"
-
-
-def test_peer_quantises_within_range() -> None:
-    x = torch.randn(16, 64) * 100
-    for dim in (None, 1):
-        data, scale = peers._quantize_fp32_scale(x, dim)
-        assert (data.float() * scale - x).abs().max() < 0.07 * x.abs().max()
-
-
-def test_quantize_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantize.SHAPES, "standard", ((64, 256),))
-    lines = list(quantize.run(context))
-    assert len(lines) == len(quantize.CASES)
-    assert all(line.gbps for line in lines)
-    assert all(line.mark is None for line in lines)  # marks belong to the big shape
-
-
-def test_overhead_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(call: Callable[[], object], device: torch.device, *, quick: bool) -> float:
-        call()
-        return 5.0
-
-    monkeypatch.setattr(overhead, "measure_host_us", once)
-    lines = list(overhead.run(context))
-    assert lines[0].name == "torch.ops.sm120.gemm.out"
-    assert lines[0].verdict == "pass"
-    assert {line.provider for line in lines} == {"sm120_ops", "torch.matmul"}
-
-
-def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    calls: list[int] = []
-    us = measure_host_us(lambda: calls.append(1), torch.device("cpu"), quick=True)
-    assert 0 < us < 100
-    assert len(calls) == 11 * 100
-
-
-def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10**6))
-
-    class Event:
-        def __init__(self, enable_timing: bool):
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = next(clock)
-
-        def elapsed_time(self, end: Event) -> float:
-            return float(end.at - self.at)
-
-    props = SimpleNamespace(L2_cache_size=1 << 10, total_memory=1 << 20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    timer = Timer(torch.device("cpu"), flush="read")
-    assert timer.flush_buffer.nbytes == (1 << 20) // 8  # an eighth of the memory at most
-    launches = []
-    timing = timer.measure(lambda: launches.append(1))
-    assert timing.us == 1e3
-    assert len(launches) == 2 + 3 + timing.runs
-    with pytest.raises(ValueError, match="flush"):
-        Timer(torch.device("cpu"), flush="nothing")
-
-
-def test_whole_bench_on_stubs(
-    context: Context,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(gemm, "TABLE", (gemm.Case(4, 16, 256, gemm.FP8_128, gemm.WEIGHTS),))
-    monkeypatch.setattr(bench, "is_supported", lambda: True)
-    monkeypatch.setattr(bench, "measure_ceilings", lambda device: context.ceilings)
-    monkeypatch.setattr(bench, "Timer", lambda *args, **kwargs: HostTimer())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    path = tmp_path / "bench.json"
-    code = bench.run_bench(
-        ["gemm"], mode="standard", with_peers=False, flush="write", json_path=path, plot_path=None
-    )
-    assert code == 0
-    data = json.loads(path.read_text())
-    assert {"environment", "date", "command", "ceilings", "lines"} <= data.keys()
-    (line,) = data["lines"]
-    assert line["mark"] == ">= 2.8 TB/s weights"
-    assert line["shape"] == "4x16x256"
-    assert "bare MMA loop" in capsys.readouterr().out
-
-
-def test_plot_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match="pip install matplotlib"):
-        bench.run_bench(
-            None,
-            mode="quick",
-            with_peers=False,
-            flush="write",
-            json_path=None,
-            plot_path=tmp_path / "plot.png",
-        )
 
 
 # ---- selftest ------------------------------------------------------------------------------------

@@ -191,3 +191,18 @@ def test_fake_tensors_match_real_ones(device: torch.device, fmt: str, rows: int)
             assert one.stride() == other.stride() == cuda.stride()
     meta = everything(x.to("meta"), w.to("meta"))
     assert [one.shape for one in meta] == [one.shape for one in real]
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_batch_of_one_and_automatic_dynamic_shapes(
+    device: torch.device, dynamic: bool | None
+) -> None:
+    """torch gives size 1 a graph of its own, and by default the very first size; no op adds any."""
+    module = MXLinear.from_float(nn.Linear(64, 32, device=device))
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for size in [1, *SIZES, 1]:
+            x = torch.randn(size, 64, device=device)
+            assert torch.equal(compiled(x), module(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import gemm_configs
 import pytest
 import reference
 import torch
@@ -361,21 +362,21 @@ def test_opcheck(device: torch.device) -> None:
         reference.opcheck(torch.ops.sm120.gemm.out, args, {**options, "out": torch.zeros_like(c)})
 
 
-# Small, middle and large M against few and many columns, long and short K: each tile shape and
-# split-K come up, at sizes that compute-sanitizer gets through.
+# Each tile, orientation and schedule at sizes that compute-sanitizer gets through: ragged in every
+# dimension, and with more tiles or K-blocks than one.
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(("fmt_a", "fmt_b"), PAIRS)
-def test_sanitizer_gemm(fmt_a: str, fmt_b: str) -> None:
-    device = torch.device("cuda")
-    shapes = [(1, 24, 1024), (8, 130, 4096), (17, 72, 288), (33, 64, 96), (65, 200, 160)]
-    for m, n, k in [*shapes, (130, 136, 288), (257, 300, 64)]:
-        for gran_k_a, gran_k_b in GRANS:
-            a, b = operands(device, m, n, k, fmt_a, fmt_b, gran_k_a, gran_k_b)
-            d = run(a, b, out_dtype=torch.float32)
-            assert_gemm_close(d, a.values, b.values)
-            c = d.clone()
-            assert_gemm_close(run(a, b, c=d, out=d), a.values, b.values, c)
-            splits = (n // 4, 3, n // 4)
-            if n % (2 * splits[0]) == 0:
-                run(a, b, head_splits=splits)
+@pytest.mark.parametrize("gran_k", [32, 128])
+def test_sanitizer_gemm(fmt_a: str, fmt_b: str, gran_k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k in [(133, 140, 544), (5, 24, 96)]:
+        a = random_operand(m, k, fmt_a, gran_k, generator)
+        b = random_operand(n, k, fmt_b, gran_k, generator)
+        on_gpu = a.to("cuda"), b.to("cuda")
+        for config in gemm_configs.legal_configs(fmt_a, fmt_b, k):
+            out = torch.zeros(m, n, device="cuda")
+            gemm_configs.run_forced(*on_gpu, out, config, c=out)
+            assert_gemm_close(out.cpu(), a.values, b.values)
+    out = torch.zeros(5, 30, dtype=torch.bfloat16, device="cuda")
+    run(*on_gpu, out=out, head_splits=(6, 2, 2))
     torch.cuda.synchronize()

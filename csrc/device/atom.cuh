@@ -1,9 +1,9 @@
 // The block-scaled MMA of a warp tile, native (sm_120f) or emulated (sm_90a).
 //
 // A WarpMma<A, B, MT, NT> multiplies MT fragments of 16 rows with NT fragments of 8 columns, K
-// advancing by kStepK a step and by kBlockK = 128 a block. Once a block it loads the scales from
-// shared memory; once a step it takes the B fragments; then each A fragment is multiplied with all
-// of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
+// advancing by kStepK a step and by kBlockK = 128 a block. Once a block it loads the scale words
+// from shared memory; once a step it takes the step's scales and B fragments; then each A fragment
+// is multiplied with all of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
 #pragma once
 #include <utility>
 
@@ -65,6 +65,10 @@ class WarpMma {
       sfb_[j] = prmt(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), 0, select_b);
     }
   }
+
+  // The MMA reads the words itself.
+  template <int kStep, bool kScalePerBlock>
+  __device__ __forceinline__ void set_scales() {}
 
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
 #pragma unroll
@@ -146,6 +150,26 @@ class WarpMma {
     }
   }
 
+  // The step's scales as floats, out of the block's words.
+  template <int kStep, bool kScalePerBlock>
+  __device__ __forceinline__ void set_scales() {
+    if constexpr (kScalePerBlock && kStep > 0) return;
+#pragma unroll
+    for (int half = 0; half < (kScalePerBlock ? 1 : kHalves); ++half) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i) {
+          scale_a_[half][i][e] = exponent(sfa_[i][e], kStep * kHalves + half);
+        }
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          scale_b_[half][j][e] = exponent(sfb_[j][e], kStep * kHalves + half);
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) convert_b(b_[j], raw[j]);
@@ -171,56 +195,26 @@ class WarpMma {
           mma_f16(partial_[i][j], a[2 * half + 1], b_[j][2 * half + 1]);
         }
       } else {
-        constexpr int kByte = kStep * kHalves;
         float p[NT][4];
 #pragma unroll
         for (int j = 0; j < NT; ++j) mma_f16_zero(p[j], a[2 * half], b_[j][2 * half]);
 #pragma unroll
         for (int j = 0; j < NT; ++j) mma_f16(p[j], a[2 * half + 1], b_[j][2 * half + 1]);
-        const float scale_a[2] = {exponent(sfa_[i][0], kByte + half),
-                                  exponent(sfa_[i][1], kByte + half)};
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          const float scale_b[2] = {exponent(sfb_[j][0], kByte + half),
-                                    exponent(sfb_[j][1], kByte + half)};
-          scale_add(acc[j], p[j], scale_a, scale_b);
-        }
+        for (int j = 0; j < NT; ++j) scale_add(acc[j], p[j], scale_a_[half][i], scale_b_[half][j]);
       }
     }
   }
 
-  // Ends a block: scales what kScalePerBlock summed, and turns rows and columns whose scale is
-  // the NaN code 0xFF into NaN (as a float the code would be an infinity).
+  // Ends a block: scales what kScalePerBlock summed.
   template <bool kScalePerBlock>
   __device__ __forceinline__ void finish_block(float (&acc)[MT][NT][4]) {
     if constexpr (kScalePerBlock) {
-      float scale_a[MT][2];
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) scale_a[i][h] = exponent(sfa_[i][h], 0);
-      }
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
-        const float scale_b[2] = {exponent(sfb_[j][0], 0), exponent(sfb_[j][1], 0)};
 #pragma unroll
-        for (int i = 0; i < MT; ++i) scale_add(acc[i][j], partial_[i][j], scale_a[i], scale_b);
-      }
-    }
-    uint32_t any_nan = 0;
-#pragma unroll
-    for (int i = 0; i < MT; ++i) any_nan |= nan_code(sfa_[i][0]) | nan_code(sfa_[i][1]);
-#pragma unroll
-    for (int j = 0; j < NT; ++j) any_nan |= nan_code(sfb_[j][0]) | nan_code(sfb_[j][1]);
-    if (any_nan) {
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-#pragma unroll
-        for (int j = 0; j < NT; ++j) {
-#pragma unroll
-          for (int x = 0; x < 4; ++x) {
-            if (nan_code(sfa_[i][x / 2]) | nan_code(sfb_[j][x % 2])) acc[i][j][x] = __int_as_float(0x7fffffff);
-          }
+        for (int i = 0; i < MT; ++i) {
+          scale_add(acc[i][j], partial_[i][j], scale_a_[0][i], scale_b_[0][j]);
         }
       }
     }
@@ -291,24 +285,24 @@ class WarpMma {
     }
   }
 
-  // 2^(byte - 127); 0 is the subnormal 2^-127, and 0xFF is left to finish_block
+  // 2^(byte - 127). Byte 0 is the subnormal 2^-127; byte 0xFF is NaN, which comes of inf * 0 in an
+  // otherwise exact multiply-add (cheaper here than integer work: the ALU is the busy pipe).
   static __device__ __forceinline__ float exponent(uint32_t word, int byte) {
     const uint32_t bits = (byte < 3 ? word << (23 - 8 * byte) : word >> 1) & 0x7f800000u;
-    return __uint_as_float(max(bits, 0x00400000u));
+    const float scale = __uint_as_float(max(bits, 0x00400000u));
+    return fmaf(scale, 0.f, scale);
   }
 
-  static __device__ __forceinline__ uint32_t nan_code(uint32_t word) {
-    return ((word & 0x7f7f7f7fu) + 0x01010101u) & word & 0x80808080u;
-  }
-
-  // acc rows g, g + 8 x columns 2t, 2t + 1
+  // acc rows g, g + 8 x columns 2t, 2t + 1. Not p * (a * b): ptxas would compute the products of a
+  // whole block early and spill them.
   static __device__ __forceinline__ void scale_add(float (&acc)[4], const float (&p)[4],
                                                    const float (&a)[2], const float (&b)[2]) {
 #pragma unroll
-    for (int x = 0; x < 4; ++x) acc[x] = fmaf(p[x], a[x / 2] * b[x % 2], acc[x]);
+    for (int x = 0; x < 4; ++x) acc[x] = fmaf(p[x] * a[x / 2], b[x % 2], acc[x]);
   }
 
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
+  float scale_a_[kHalves][MT][2], scale_b_[kHalves][NT][2];
   float partial_[MT][NT][4];
 };
 

@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
   }
   float acc[MT][NT][4] = {};
   Mma mma;
+  mma.load_scales(sfa, sfb, 0x3210, 0x3210);
+  mma.template set_scales<0, kScalePerBlock>();
   for (int it = 0; it < iterations; ++it) {
-    mma.load_scales(sfa + 4 * (it & 1), sfb + 4 * (it & 1), 0x3210, 0x3210);
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll
       for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);

@@ -136,6 +136,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     ring.scale.advance();
     static_for<kSteps>([&](auto step) {
       constexpr int kInStage = step % kStepsAStage;
+      mma.template set_scales<step, kScalePerBlock>();
       mma.set_b(b);
       static_for<T::MT>([&](auto i) {
         constexpr int kAt = kInStage * T::MT + i;  // A fragments of this stage, in order

@@ -35,15 +35,15 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::accelerator::DeviceGuard;
 
 // ---- Errors ------------------------------------------------------------------------------------
-// Every message reads `sm120_ops.<op>: <arg>: expected <requirement>, got <got>`. A plain
-// std::runtime_error reaches Python as a RuntimeError with exactly this text; STD_TORCH_CHECK would
-// put function, file and line in front.
+// Every message reads `sm120_ops.<op>: <arg>: expected <requirement>, got <got>`. Standard
+// exceptions reach Python with exactly this text (STD_TORCH_CHECK would put function, file and line
+// in front): std::invalid_argument as a ValueError, std::runtime_error as a RuntimeError.
 
 [[noreturn]] inline void fail(const char* op, const char* arg, std::string_view requirement,
                               std::string_view got) {
   std::ostringstream text;
   text << "sm120_ops." << op << ": " << arg << ": expected " << requirement << ", got " << got;
-  throw std::runtime_error(text.str());
+  throw std::invalid_argument(text.str());
 }
 
 // Strings together anything with operator<<.

@@ -39,9 +39,9 @@ SENTENCES = (
     "The bread needs an hour in a hot oven.",
 )
 FORMATS = (
-    ("mxfp8", "MXFP8", "FP8 weights, FP8 activations"),
-    ("w4a8", "W4A8", "FP4 weights, FP8 activations"),
-    ("mxfp4", "MXFP4", "FP4 weights, FP4 activations"),
+    ("mxfp8", "MXFP8", "FP8 / FP8"),
+    ("w4a8", "W4A8", "FP4 / FP8"),
+    ("mxfp4", "MXFP4", "FP4 / FP4"),
 )
 NEIGHBOURS = 2  # of each sentence: the other two of its topic
 
@@ -51,7 +51,7 @@ class Encoding:
     """One row of the table: a format's embeddings against those of FP32."""
 
     format: str
-    meaning: str
+    operands: str
     linears: int  # layers converted
     megabytes: float  # weights of the encoder's layers, scales included
     min_cosine: float
@@ -76,17 +76,18 @@ def encoder_megabytes(model: nn.Module) -> float:
 
 
 def timed(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
-    """Result and best milliseconds of five runs, after one that warms up."""
-    result, best = run(), float("inf")
-    for _ in range(5):
+    """Result, and best milliseconds of runs that go on for a second (five runs at most)."""
+    times: list[float] = []
+    result = run()  # warms up
+    while len(times) < 5 and sum(times) < 1000:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         result = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, (time.perf_counter() - start) * 1e3)
-    return result.cpu(), best
+        times.append((time.perf_counter() - start) * 1e3)
+    return result.cpu(), min(times)
 
 
 @torch.no_grad()
@@ -102,13 +103,13 @@ def compare_formats(
         model = SentenceEncoder.from_directory(directory).to(device)
     linears = sum(isinstance(m, nn.Linear) for m in model.modules())
 
-    def encode(name: str, meaning: str, candidate: nn.Module, count: int) -> Encoding:
+    def encode(name: str, operands: str, candidate: nn.Module, count: int) -> Encoding:
         embeddings, milliseconds = timed(lambda: candidate(ids, mask), device)
         cosine = (embeddings * reference).sum(1)
         same = neighbours(embeddings) == neighbours(reference)
         return Encoding(
             format=name,
-            meaning=meaning,
+            operands=operands,
             linears=count,
             megabytes=encoder_megabytes(candidate),
             min_cosine=cosine.min().item(),
@@ -121,11 +122,11 @@ def compare_formats(
 
     with step("encoding in FP32"):
         reference = model(ids, mask).cpu()
-        rows = [encode("FP32", "torch", model, 0)]
-    for key, name, meaning in FORMATS:
+        rows = [encode("FP32", "FP32 / FP32", model, 0)]
+    for key, name, operands in FORMATS:
         with step(f"converting {linears} linear layers to {name} and encoding"):
             candidate = convert(copy.deepcopy(model), key)
-            rows.append(encode(name, meaning, candidate, linears))
+            rows.append(encode(name, operands, candidate, linears))
     return rows
 
 
@@ -134,7 +135,7 @@ def print_encodings(rows: list[Encoding], device: torch.device) -> None:
 
     table = Table(title=f"all-MiniLM-L6-v2, {rows[0].sentences} sentences on {device}")
     table.add_column("linear layers in")
-    table.add_column("meaning")
+    table.add_column("weights / activations")
     for heading in (
         "layers",
         "encoder MB",
@@ -149,7 +150,7 @@ def print_encodings(rows: list[Encoding], device: torch.device) -> None:
         kept = "yes" if row.nearest_kept == row.sentences else "no"
         table.add_row(
             row.format,
-            row.meaning,
+            row.operands,
             str(row.linears) if row.linears else "-",
             f"{row.megabytes:.1f}",
             f"{row.min_cosine:.5f}",

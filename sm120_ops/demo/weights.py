@@ -6,6 +6,7 @@ bytes, so reading and writing one takes a few lines and no package.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import shutil
@@ -83,7 +84,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     header, chunks, offset = {}, [], 0
     for name, tensor in tensors.items():
-        chunk = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        dense = tensor.contiguous()
+        chunk = ctypes.string_at(dense.data_ptr(), dense.nbytes)  # no numpy, which knows no BF16
         header[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -51,8 +51,8 @@ _lib.define(
 # gemm.out with a given tile (index into the compiled table), orientation and schedule: for tests of
 # every configuration and for tuning.
 _lib.define(
-    "_gemm_forced(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int gran_k_a, int gran_k_b, Tensor? c,"
-    " int[] head_splits, Tensor(a!) out, int tile, bool swapped, bool split) -> ()"
+    "_gemm_forced(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int gran_k_a, int gran_k_b,"
+    " Tensor? c, int[] head_splits, Tensor(a!) out, int tile, bool swapped, bool split) -> ()"
 )
 # One launch of a bare MMA loop on the GPU, the ceiling of the benchmark; gives its FLOPs.
 _lib.define("_atom_rate(Tensor(a!) sink, str atom, int iterations) -> int")

@@ -40,6 +40,11 @@ def as_bytes(fp4: torch.Tensor) -> torch.Tensor:
     return fp4 if fp4.dtype == torch.uint8 else fp4.view(torch.uint8)
 
 
+def fresh(tensor: torch.Tensor) -> torch.Tensor:
+    """A row-major copy. Unlike contiguous() it also sets the strides of dimensions of size 1."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def fake_packed_scales(like: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     return like.new_empty_strided(
         (rows, ceil_div(groups, 4)), (1, align(rows, 4)), dtype=torch.int32
@@ -58,9 +63,7 @@ def words_from_bytes(exponents: torch.Tensor) -> torch.Tensor:
 
 def bytes_from_words(scale: torch.Tensor, groups: int) -> torch.Tensor:
     """Packed scales [rows, words] -> uint8 [rows, groups], contiguous and new."""
-    # clone() and not contiguous(): that leaves the strides of a single column as they are
-    words = scale.clone(memory_format=torch.contiguous_format)
-    return words.view(torch.uint8)[:, :groups].contiguous()
+    return fresh(fresh(scale).view(torch.uint8)[:, :groups])
 
 
 def check_packed_scales(
@@ -313,7 +316,7 @@ def _transposed_shape(packed: torch.Tensor) -> tuple[int, ...]:
 @torch.library.impl(_lib, "pack_fp4", "CPU")
 def _pack_fp4_cpu(codes: torch.Tensor) -> torch.Tensor:
     _packed_shape(codes)
-    return pack_nibbles(codes).contiguous()
+    return fresh(pack_nibbles(codes))
 
 
 @torch.library.impl(_lib, "unpack_fp4", "CPU")
@@ -325,7 +328,7 @@ def _unpack_fp4_cpu(packed: torch.Tensor) -> torch.Tensor:
 @torch.library.impl(_lib, "transpose_fp4", "CPU")
 def _transpose_fp4_cpu(packed: torch.Tensor) -> torch.Tensor:
     _transposed_shape(packed)
-    return pack_nibbles(unpack_nibbles(as_bytes(packed)).t()).contiguous()
+    return fresh(pack_nibbles(unpack_nibbles(as_bytes(packed)).t()))
 
 
 @torch.library.impl(_lib, "pack_fp4.out", "CPU")

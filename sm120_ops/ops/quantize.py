@@ -36,6 +36,7 @@ from .layout import (
     check_out,
     check_packed_scales,
     fake_packed_scales,
+    fresh,
     pack_nibbles,
     words_from_bytes,
 )
@@ -170,7 +171,7 @@ def _quantized(
     else:
         codes = _e2m1_codes(scaled, rule)
     codes = torch.where(nan[:, None, :, None], E4M3_NAN if format == "mxfp8" else 0, codes)
-    codes = codes.reshape(blocks * gran_mn, groups * gran_k)[:rows, :k].contiguous()
+    codes = fresh(codes.reshape(blocks * gran_mn, groups * gran_k)[:rows, :k])
     data = codes.view(torch.float8_e4m3fn) if format == "mxfp8" else pack_nibbles(codes)
     per_row = exponents.to(torch.uint8).repeat_interleave(gran_mn, 0)[:rows]
     return data, words_from_bytes(per_row)
@@ -323,7 +324,7 @@ def _dequantize_cpu(
 ) -> torch.Tensor:
     _check_dequantize(data, scale, gran_k, dtype)
     scales = scale_values(scale, gran_k, logical_k(data), torch.float32)
-    return (decode(data, torch.float32) * scales).to(dtype).contiguous()
+    return fresh((decode(data, torch.float32) * scales).to(dtype))
 
 
 @torch.library.impl(_lib, "dequantize.out", "CPU")
