@@ -27,14 +27,27 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t select
   return __byte_perm(a, b, selector);
 }
 
+inline constexpr uint32_t kNoScale = 0x7f;  // the code of 1.0
+
 // Byte selector that turns a loaded scale word into the four scales of a K-block.
-// gran_k 32: the word's own bytes, those past the last K-group replaced by exponent 0 in the last
+// gran_k 32: the word's own bytes, those past the last K-group replaced by kNoScale in the last
 // block (their data is zero, but a stray 0xFF would make it NaN). gran_k 128: byte block % 4, four
 // times.
 __device__ __forceinline__ uint32_t scale_selector(const ScaleGran& gran, int block, bool last) {
   const uint32_t selector = gran.select + (block & 3) * gran.select_step;
   return last ? selector ^ gran.select_tail : selector;
 }
+
+// How the emulation applies scales; the native MMA ignores it.
+//   kPerBlock  one scale covers the whole block on both sides: its four 32-blocks are summed before
+//              they are scaled.
+//   kExact     handles every exponent code. Otherwise all are known to lie in 64 .. 191, where no
+//              product leaves the range of normal floats and neither 0 (a subnormal) nor 0xFF (NaN)
+//              needs care.
+template <bool kPerBlockValue, bool kExactValue>
+struct ScalingMode {
+  static constexpr bool kPerBlock = kPerBlockValue, kExact = kExactValue;
+};
 
 #if SM120_OPS_NATIVE
 
@@ -58,16 +71,17 @@ class WarpMma {
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
       const int row = 16 * i + 8 * half + g;
-      sfa_[i] = prmt(lds32(sfa + 4 * row), 0, select_a);
+      sfa_[i] = prmt(lds32(sfa + 4 * row), kNoScale, select_a);
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      sfb_[j] = prmt(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), 0, select_b);
+      sfb_[j] = prmt(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), kNoScale, select_b);
     }
   }
 
-  // The MMA reads the words itself.
-  template <int kStep, bool kScalePerBlock>
+  // The MMA reads the words itself, whatever they hold.
+  __device__ __forceinline__ bool regular_scales() const { return true; }
+  template <int kStep, class Scaling>
   __device__ __forceinline__ void set_scales() {}
 
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
@@ -77,8 +91,8 @@ class WarpMma {
     }
   }
 
-  // A fragment i, step kStep of the block; the partial sums are the emulation's business.
-  template <int kStep, bool kScalePerBlock>
+  // A fragment i, step kStep of the block.
+  template <int kStep, class Scaling>
   __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
     uint32_t a[4];
     if constexpr (kAccessA == Access::kPackedFp4) {
@@ -98,7 +112,7 @@ class WarpMma {
     }
   }
 
-  template <bool kScalePerBlock>
+  template <class Scaling>
   __device__ __forceinline__ void finish_block(float (&)[MT][NT][4]) {}
 
  private:
@@ -115,8 +129,7 @@ class WarpMma {
 #else  // emulated
 
 // Fragments become f16 (exact for e4m3 and e2m1), are multiplied by HMMA with FP32 sums, and the
-// sums are scaled in FP32: d += p * 2^(ea-127) * 2^(eb-127). If one scale covers the whole block
-// on both sides (kScalePerBlock), its four 32-blocks are summed before they are scaled.
+// sums are scaled in FP32: d += p * 2^(ea-127) * 2^(eb-127).
 template <Format kA, Format kB, int MT, int NT>
 class WarpMma {
  public:
@@ -137,7 +150,7 @@ class WarpMma {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * i + 8 * h + g;
-        sfa_[i][h] = prmt(lds32(sfa + 4 * row), 0, select_a);
+        sfa_[i][h] = prmt(lds32(sfa + 4 * row), kNoScale, select_a);
       }
     }
 #pragma unroll
@@ -145,27 +158,38 @@ class WarpMma {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
-        sfb_[j][e] = prmt(lds32(sfb + 4 * column), 0, select_b);
+        sfb_[j][e] = prmt(lds32(sfb + 4 * column), kNoScale, select_b);
       }
     }
   }
 
-  // The step's scales as floats, out of the block's words.
-  template <int kStep, bool kScalePerBlock>
-  __device__ __forceinline__ void set_scales() {
-    if constexpr (kScalePerBlock && kStep > 0) return;
+  // Whether every exponent of the warp's block lies in 64 .. 191, that is has two unlike top bits.
+  __device__ __forceinline__ bool regular_scales() const {
+    uint32_t unlike = 0x80808080u;
 #pragma unroll
-    for (int half = 0; half < (kScalePerBlock ? 1 : kHalves); ++half) {
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int i = 0; i < MT; ++i) unlike &= sfa_[i][e] ^ (sfa_[i][e] << 1);
+#pragma unroll
+      for (int j = 0; j < NT; ++j) unlike &= sfb_[j][e] ^ (sfb_[j][e] << 1);
+    }
+    return __all_sync(0xffffffffu, unlike == 0x80808080u);
+  }
+
+  // The step's scales as floats, out of the block's words.
+  template <int kStep, class Scaling>
+  __device__ __forceinline__ void set_scales() {
+    if constexpr (Scaling::kPerBlock && kStep > 0) return;
+#pragma unroll
+    for (int half = 0; half < (Scaling::kPerBlock ? 1 : kHalves); ++half) {
+      constexpr bool kExact = Scaling::kExact;
+      const int byte = kStep * kHalves + half;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
-        for (int i = 0; i < MT; ++i) {
-          scale_a_[half][i][e] = exponent(sfa_[i][e], kStep * kHalves + half);
-        }
+        for (int i = 0; i < MT; ++i) scale_a_[half][i][e] = exponent<kExact>(sfa_[i][e], byte);
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          scale_b_[half][j][e] = exponent(sfb_[j][e], kStep * kHalves + half);
-        }
+        for (int j = 0; j < NT; ++j) scale_b_[half][j][e] = exponent<kExact>(sfb_[j][e], byte);
       }
     }
   }
@@ -175,13 +199,13 @@ class WarpMma {
     for (int j = 0; j < NT; ++j) convert_b(b_[j], raw[j]);
   }
 
-  template <int kStep, bool kScalePerBlock>
+  template <int kStep, class Scaling>
   __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
     uint32_t a[kHmmas][4];
     convert_a(a, raw);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      if constexpr (kScalePerBlock) {
+      if constexpr (Scaling::kPerBlock) {
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
           if (kStep == 0 && half == 0) {
@@ -201,20 +225,22 @@ class WarpMma {
 #pragma unroll
         for (int j = 0; j < NT; ++j) mma_f16(p[j], a[2 * half + 1], b_[j][2 * half + 1]);
 #pragma unroll
-        for (int j = 0; j < NT; ++j) scale_add(acc[j], p[j], scale_a_[half][i], scale_b_[half][j]);
+        for (int j = 0; j < NT; ++j) {
+          scale_add<Scaling::kExact>(acc[j], p[j], scale_a_[half][i], scale_b_[half][j]);
+        }
       }
     }
   }
 
-  // Ends a block: scales what kScalePerBlock summed.
-  template <bool kScalePerBlock>
+  // Ends a block: scales what it summed.
+  template <class Scaling>
   __device__ __forceinline__ void finish_block(float (&acc)[MT][NT][4]) {
-    if constexpr (kScalePerBlock) {
+    if constexpr (Scaling::kPerBlock) {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int i = 0; i < MT; ++i) {
-          scale_add(acc[i][j], partial_[i][j], scale_a_[0][i], scale_b_[0][j]);
+          scale_add<Scaling::kExact>(acc[i][j], partial_[i][j], scale_a_[0][i], scale_b_[0][j]);
         }
       }
     }
@@ -285,20 +311,27 @@ class WarpMma {
     }
   }
 
-  // 2^(byte - 127). Byte 0 is the subnormal 2^-127; byte 0xFF is NaN, which comes of inf * 0 in an
-  // otherwise exact multiply-add (cheaper here than integer work: the ALU is the busy pipe).
+  // 2^(code - 127) of one byte of a word. Code 0 is the subnormal 2^-127; code 0xFF is NaN, which
+  // comes of inf * 0 in an otherwise exact multiply-add.
+  template <bool kExact>
   static __device__ __forceinline__ float exponent(uint32_t word, int byte) {
     const uint32_t bits = (byte < 3 ? word << (23 - 8 * byte) : word >> 1) & 0x7f800000u;
+    if constexpr (!kExact) return __uint_as_float(bits);
     const float scale = __uint_as_float(max(bits, 0x00400000u));
     return fmaf(scale, 0.f, scale);
   }
 
-  // acc rows g, g + 8 x columns 2t, 2t + 1. Not p * (a * b): ptxas would compute the products of a
-  // whole block early and spill them.
+  // acc: rows g, g + 8 x columns 2t, 2t + 1. Exact: the scales are multiplied first, because 2^-127
+  // times 2^127 is 1 for any p. Else p goes first: ptxas would form the scale products of a whole
+  // block early, and spill them.
+  template <bool kExact>
   static __device__ __forceinline__ void scale_add(float (&acc)[4], const float (&p)[4],
                                                    const float (&a)[2], const float (&b)[2]) {
 #pragma unroll
-    for (int x = 0; x < 4; ++x) acc[x] = fmaf(p[x] * a[x / 2], b[x % 2], acc[x]);
+    for (int x = 0; x < 4; ++x) {
+      acc[x] = kExact ? fmaf(p[x], a[x / 2] * b[x % 2], acc[x])
+                      : fmaf(p[x] * a[x / 2], b[x % 2], acc[x]);
+    }
   }
 
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];

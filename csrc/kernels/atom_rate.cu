@@ -14,9 +14,10 @@ __device__ __forceinline__ void refresh(uint32_t (&r)[kRegs], uint32_t salt) {
   for (int x = 0; x < kRegs; ++x) r[x] ^= salt;
 }
 
-template <Format kA, Format kB, int MT, int NT, bool kScalePerBlock>
+template <Format kA, Format kB, int MT, int NT, bool kPerBlock>
 __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float* sink) {
   using Mma = WarpMma<kA, kB, MT, NT>;
+  using Scaling = ScalingMode<kPerBlock, false>;
   __shared__ uint32_t scales[2][256];
   scales[0][threadIdx.x] = 0x7e7f7f7e + (threadIdx.x & 1);
   scales[1][threadIdx.x] = 0x7f7e7e7f - (threadIdx.x & 1);
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
   float acc[MT][NT][4] = {};
   Mma mma;
   mma.load_scales(sfa, sfb, 0x3210, 0x3210);
-  mma.template set_scales<0, kScalePerBlock>();
+  mma.template set_scales<0, Scaling>();
   for (int it = 0; it < iterations; ++it) {
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll
@@ -43,10 +44,10 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
         refresh(a[i], (it & 1) + step + i);
-        mma.template multiply<step, kScalePerBlock>(i, acc[i], a[i]);
+        mma.template multiply<step, Scaling>(i, acc[i], a[i]);
       }
     });
-    mma.template finish_block<kScalePerBlock>(acc);
+    mma.template finish_block<Scaling>(acc);
   }
   float sum = 0;
   for (int i = 0; i < MT; ++i) {

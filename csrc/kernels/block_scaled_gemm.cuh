@@ -134,29 +134,37 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
                     scale_selector(p.rows_gran, block, last),
                     scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
-    static_for<kSteps>([&](auto step) {
-      constexpr int kInStage = step % kStepsAStage;
-      mma.template set_scales<step, kScalePerBlock>();
-      mma.set_b(b);
-      static_for<T::MT>([&](auto i) {
-        constexpr int kAt = kInStage * T::MT + i;  // A fragments of this stage, in order
-        typename Mma::RawA& next = a[(kAt + 1) % 2];
-        if constexpr (i + 1 < T::MT) {
-          rows.load(next, ring.rows(), i + 1, kInStage);
-        } else if constexpr (kInStage + 1 < kStepsAStage) {
-          cols.load(b, ring.cols(), kInStage + 1);
-          rows.load(next, ring.rows(), 0, kInStage + 1);
-        } else {
-          release_stage(ring.empty());
-          ring.data.advance();
-        }
-        mma.template multiply<step, kScalePerBlock>(i, acc[i], a[kAt % 2]);
-        if constexpr (i + 1 == T::MT && kInStage + 1 == kStepsAStage) {
-          if (step + 1 < kSteps || block + 1 < tile.k_end) enter_stage();
-        }
+    const auto multiply_block = [&](auto scaling) {
+      using Scaling = decltype(scaling);
+      static_for<kSteps>([&](auto step) {
+        constexpr int kInStage = step % kStepsAStage;
+        mma.template set_scales<step, Scaling>();
+        mma.set_b(b);
+        static_for<T::MT>([&](auto i) {
+          constexpr int kAt = kInStage * T::MT + i;  // A fragments of this stage, in order
+          typename Mma::RawA& next = a[(kAt + 1) % 2];
+          if constexpr (i + 1 < T::MT) {
+            rows.load(next, ring.rows(), i + 1, kInStage);
+          } else if constexpr (kInStage + 1 < kStepsAStage) {
+            cols.load(b, ring.cols(), kInStage + 1);
+            rows.load(next, ring.rows(), 0, kInStage + 1);
+          } else {
+            release_stage(ring.empty());
+            ring.data.advance();
+          }
+          mma.template multiply<step, Scaling>(i, acc[i], a[kAt % 2]);
+          if constexpr (i + 1 == T::MT && kInStage + 1 == kStepsAStage) {
+            if (step + 1 < kSteps || block + 1 < tile.k_end) enter_stage();
+          }
+        });
       });
-    });
-    mma.template finish_block<kScalePerBlock>(acc);
+      mma.template finish_block<Scaling>(acc);
+    };
+    if (mma.regular_scales()) {
+      multiply_block(ScalingMode<kScalePerBlock, false>{});
+    } else {
+      multiply_block(ScalingMode<kScalePerBlock, true>{});
+    }
   }
 #pragma unroll
   for (int i = 0; i < T::MT; ++i) {

@@ -102,7 +102,6 @@ void check_output(const char* arg, const Tensor& t, const Problem& p, int32_t de
   if (t.numel() == 0) return;
   check(p.columns == 1 || t.stride(1) == 1, kOp, arg, "contiguous rows (stride(1) == 1)",
         Strides{t});
-  check(p.m == 1 || t.stride(0) >= p.columns, kOp, arg, "rows that do not overlap", Strides{t});
 }
 
 void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const Problem& p,
@@ -111,6 +110,8 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
   const int32_t device = a.get_device_index();
   const DeviceProperties& gpu = require_supported_device(kOp, device);
   check_output("out", out, p, device);
+  check(p.m <= 1 || out.numel() == 0 || out.stride(0) >= p.columns, kOp, "out",
+        "rows that do not overlap", Strides{out});
   const ByteRange written = byte_range(out);
   for (const auto& [arg, t] : {std::pair<const char*, const Tensor*>{"a", &a},
                                {"sfa", &sfa}, {"b", &b}, {"sfb", &sfb}}) {
