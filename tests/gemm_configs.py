@@ -34,7 +34,7 @@ def tile_count() -> int:
     for tile in itertools.count():
         try:
             run_forced(a, a, out, (tile, False, False))
-        except RuntimeError as error:
+        except ValueError as error:
             if "a compiled tile" not in str(error) or tile == 0:
                 raise
             return tile

@@ -2,8 +2,8 @@
 //
 // A WarpMma<A, B, MT, NT> multiplies MT fragments of 16 rows with NT fragments of 8 columns, K
 // advancing by kStepK a step and by kBlockK = 128 a block. Once a block it loads the scale words
-// from shared memory; once a step it takes the step's scales and B fragments; then each A fragment
-// is multiplied with all of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
+// from shared memory; once a step it takes the step's scales and B fragments; then each A fragment,
+// converted beforehand, is multiplied with all of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
 #pragma once
 #include <utility>
 
@@ -58,9 +58,11 @@ class WarpMma {
   static constexpr int kStepK = kBothFp4 ? 64 : 32;
   static constexpr Access kAccessA = kAccess<kA, kB>;
   static constexpr Access kAccessB = kAccess<kB, kA>;
-  static constexpr float kAccScale = 1.f;  // D = acc * kAccScale
+  template <class Scaling>
+  static constexpr bool kConvertAhead = false;
   using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
   using RawB = uint32_t[2];
+  using FragA = uint32_t[4];
 
   // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
   // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
@@ -91,10 +93,7 @@ class WarpMma {
     }
   }
 
-  // A fragment i, step kStep of the block.
-  template <int kStep, class Scaling>
-  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
-    uint32_t a[4];
+  static __device__ __forceinline__ void convert(FragA& a, const RawA& raw) {
     if constexpr (kAccessA == Access::kPackedFp4) {
       unpack_fp4(a[0], a[2], raw[0]);
       unpack_fp4(a[1], a[3], raw[1]);
@@ -102,6 +101,11 @@ class WarpMma {
 #pragma unroll
       for (int x = 0; x < 4; ++x) a[x] = raw[x];
     }
+  }
+
+  // A fragment i, step kStep of the block.
+  template <int kStep, class Scaling>
+  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const FragA& a) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       if constexpr (kBothFp4) {
@@ -138,9 +142,16 @@ class WarpMma {
   static constexpr Access kAccessA = kAccess<kA, kB>;
   static constexpr Access kAccessB = kAccess<kB, kA>;
   // e2m1 is moved into f16's bits without re-biasing, which divides it by 2^14
-  static constexpr float kAccScale = (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
+  static constexpr float kUnbias =
+      (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
+  // Converting early hides its latency where there are registers for it.
+  template <class Scaling>
+  static constexpr bool kConvertAhead = !kBothFp4 && !Scaling::kPerBlock;
   using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
   using RawB = uint32_t[2];
+  static constexpr int kHalves = kStepK / 32;  // 32-blocks of K a step
+  static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
+  using FragA = uint32_t[kHmmas][4];
 
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
@@ -187,7 +198,10 @@ class WarpMma {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
-        for (int i = 0; i < MT; ++i) scale_a_[half][i][e] = exponent<kExact>(sfa_[i][e], byte);
+        for (int i = 0; i < MT; ++i) {
+          scale_a_[half][i][e] = exponent<kExact>(sfa_[i][e], byte);
+          if constexpr (!kExact) scale_a_[half][i][e] *= kUnbias;
+        }
 #pragma unroll
         for (int j = 0; j < NT; ++j) scale_b_[half][j][e] = exponent<kExact>(sfb_[j][e], byte);
       }
@@ -199,10 +213,31 @@ class WarpMma {
     for (int j = 0; j < NT; ++j) convert_b(b_[j], raw[j]);
   }
 
+  // A registers of every HMMA of a step: rows g and g + 8 interleaved. A register of FP8 has two
+  // f16 pairs (one HMMA), one of FP4 four (two HMMAs).
+  static __device__ __forceinline__ void convert(FragA& a, const RawA& raw) {
+    constexpr int kPieces = sizeof(RawA) / 8, kHmmasAPiece = kHmmas / kPieces;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      uint32_t top[4], bottom[4];
+      if constexpr (kA == Format::kFp4) {
+        fp4_to_f16(top, raw[2 * p]);
+        fp4_to_f16(bottom, raw[2 * p + 1]);
+      } else {
+        fp8_to_f16(top[0], top[1], raw[2 * p]);
+        fp8_to_f16(bottom[0], bottom[1], raw[2 * p + 1]);
+      }
+#pragma unroll
+      for (int x = 0; x < kHmmasAPiece; ++x) {
+        uint32_t(&hmma)[4] = a[p * kHmmasAPiece + x];
+        hmma[0] = top[2 * x], hmma[1] = bottom[2 * x];
+        hmma[2] = top[2 * x + 1], hmma[3] = bottom[2 * x + 1];
+      }
+    }
+  }
+
   template <int kStep, class Scaling>
-  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const RawA& raw) {
-    uint32_t a[kHmmas][4];
-    convert_a(a, raw);
+  __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const FragA& a) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       if constexpr (Scaling::kPerBlock) {
@@ -247,32 +282,6 @@ class WarpMma {
   }
 
  private:
-  static constexpr int kHalves = kStepK / 32;     // 32-blocks of K a step
-  static constexpr int kHmmas = 2 * kHalves;      // HMMAs of K = 16 a step
-
-  // A registers of every HMMA of a step: rows g and g + 8 interleaved. A register of FP8 has two
-  // f16 pairs (one HMMA), one of FP4 four (two HMMAs).
-  static __device__ __forceinline__ void convert_a(uint32_t (&a)[kHmmas][4], const RawA& raw) {
-    constexpr int kPieces = sizeof(RawA) / 8, kHmmasAPiece = kHmmas / kPieces;
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      uint32_t top[4], bottom[4];
-      if constexpr (kA == Format::kFp4) {
-        fp4_to_f16(top, raw[2 * p]);
-        fp4_to_f16(bottom, raw[2 * p + 1]);
-      } else {
-        fp8_to_f16(top[0], top[1], raw[2 * p]);
-        fp8_to_f16(bottom[0], bottom[1], raw[2 * p + 1]);
-      }
-#pragma unroll
-      for (int x = 0; x < kHmmasAPiece; ++x) {
-        uint32_t(&hmma)[4] = a[p * kHmmasAPiece + x];
-        hmma[0] = top[2 * x], hmma[1] = bottom[2 * x];
-        hmma[2] = top[2 * x + 1], hmma[3] = bottom[2 * x + 1];
-      }
-    }
-  }
-
   // B registers of every HMMA of a step
   static __device__ __forceinline__ void convert_b(uint32_t (&b)[kHmmas][2], const RawB& raw) {
     if constexpr (kB == Format::kFp4) {
@@ -329,7 +338,7 @@ class WarpMma {
                                                    const float (&a)[2], const float (&b)[2]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      acc[x] = kExact ? fmaf(p[x], a[x / 2] * b[x % 2], acc[x])
+      acc[x] = kExact ? fmaf(p[x] * kUnbias, a[x / 2] * b[x % 2], acc[x])
                       : fmaf(p[x] * a[x / 2], b[x % 2], acc[x]);
     }
   }

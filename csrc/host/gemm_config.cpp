@@ -34,8 +34,13 @@ double block_us(const GemmTile& tile, const GemmShape& s, const GpuModel& gpu) {
 
 }  // namespace
 
-bool is_legal(const GemmShape& s, bool swapped, bool split) {
-  if (split && s.k <= kBlockK) return false;
+bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
+  if (split) {
+    const GemmTile& tile = kGemmTiles[index];
+    const double blocks = static_cast<double>(ceil_div(swapped ? s.n : s.m, tile.rows)) *
+                          ceil_div(swapped ? s.m : s.n, tile.cols) * ceil_div(s.k, kBlockK);
+    if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
+  }
   return s.a == s.b || swapped == (s.b == OperandFormat::kMxfp4);
 }
 
@@ -80,7 +85,7 @@ GemmConfig choose_gemm_config(const GemmShape& s, const GpuModel& gpu) {
   for (int tile = 0; tile < kNumGemmTiles; ++tile) {
     for (const bool swapped : {false, true}) {
       for (const bool split : {false, true}) {
-        if (!is_legal(s, swapped, split)) continue;
+        if (!is_legal(tile, swapped, split, s, gpu.num_sms)) continue;
         const GemmConfig c = evaluate_gemm_config(tile, swapped, split, s, gpu);
         // A later candidate must win clearly: the list runs from the largest tile, plain and
         // unsplit first.

@@ -8,23 +8,21 @@ namespace sm120 {
 enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
-// axis), warps along the rows (of 8) for like formats and for FP4 beside FP8, K of a pipeline stage
-// for FP8 beside FP8, and why the tile is there.
+// axis), warps along the rows (of 8) for like formats and for FP4 beside FP8, and why it is there.
 //   128 x 128  most reuse a byte; eight 64x32 warps (32x64 where FP4 rows are unpacked, so that an
-//              unpacked fragment serves 8 MMAs). 64 of K a stage: five stages fit 99 KB, with 128
-//              only two.
+//              unpacked fragment serves 8 MMAs). Three FP8 stages just fit 99 KB.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
 //   128 x 16   the same with half the CTA count, for many weight rows.
 #define SM120_GEMM_TILES(X) \
-  X(128, 128, 2, 4, 64)     \
-  X(128, 64, 4, 4, 128)     \
-  X(64, 64, 4, 4, 128)      \
-  X(64, 32, 4, 4, 128)      \
-  X(64, 16, 4, 4, 128)      \
-  X(128, 16, 8, 8, 128)
+  X(128, 128, 2, 4)         \
+  X(128, 64, 4, 4)          \
+  X(64, 64, 4, 4)           \
+  X(64, 32, 4, 4)           \
+  X(64, 16, 4, 4)           \
+  X(128, 16, 8, 8)
 
 struct GemmTile {
   int rows, cols;
@@ -60,9 +58,9 @@ struct GemmConfig {
   std::string to_string() const;  // JSON
 };
 
-// FP4 beside FP8 must be the operand of the 16-row axis (device/operand.cuh), and only a product
-// with more than one K-block can be split.
-bool is_legal(const GemmShape& shape, bool swapped, bool split);
+// FP4 beside FP8 must be the operand of the 16-row axis (device/operand.cuh); only a product with
+// more than one K-block can be split, and only one whose K-blocks the kernel can count in 32 bits.
+bool is_legal(int tile, bool swapped, bool split, const GemmShape& shape, int num_sms);
 
 // A given configuration with its grid and the model's estimate.
 GemmConfig evaluate_gemm_config(int tile, bool swapped, bool split, const GemmShape& shape,

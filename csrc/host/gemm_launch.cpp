@@ -78,6 +78,7 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const Ge
   p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
+  if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
   p.swapped = config.swapped;
   p.split = config.split;
 

@@ -42,9 +42,13 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
       for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);
       mma.set_b(b);
 #pragma unroll
+      for (int i = 0; i < MT; ++i) refresh(a[i], (it & 1) + step + i);
+      typename Mma::FragA fragment[2];
+      Mma::convert(fragment[0], a[0]);
+#pragma unroll
       for (int i = 0; i < MT; ++i) {
-        refresh(a[i], (it & 1) + step + i);
-        mma.template multiply<step, Scaling>(i, acc[i], a[i]);
+        if (i + 1 < MT) Mma::convert(fragment[(i + 1) % 2], a[(i + 1) % MT]);
+        mma.template multiply<step, Scaling>(i, acc[i], fragment[i % 2]);
       }
     });
     mma.template finish_block<Scaling>(acc);

@@ -1,8 +1,8 @@
 // The block-scaled GEMM, one kernel for every format pair, granularity, orientation and split.
 //
 // A persistent CTA of 12 warps: one thread of the last four copies operand and scale tiles by TMA
-// into a ring of stages, eight warps multiply and store. Per stage: rows [block_rows, stage_k],
-// cols [block_cols, stage_k], K-major and swizzled; per 128 of K, one packed scale word a row.
+// into a ring of stages, eight warps multiply and store. A stage is one K-block: rows
+// [block_rows, 128] and cols [block_cols, 128], K-major and swizzled, and a packed scale word a row.
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
@@ -16,7 +16,7 @@ namespace sm120 {
 inline constexpr int kMathWarps = 8;
 inline constexpr int kMathThreads = kMathWarps * kWarpSize;
 
-template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown, int kStageK>
+template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown>
 struct GemmTraits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols;
   static constexpr int kWarpsAcross = kMathWarps / kWarpsDown;
@@ -24,17 +24,15 @@ struct GemmTraits {
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
-  static constexpr int kStagesABlock = kBlockK / kStageK;
-  static constexpr int kRowsRowBytes = kStageK / (kRowsFormat == Format::kFp4 ? 2 : 1);
-  static constexpr int kColsRowBytes = kStageK / (kColsFormat == Format::kFp4 ? 2 : 1);
+  static constexpr int kRowsRowBytes = kBlockK / (kRowsFormat == Format::kFp4 ? 2 : 1);
+  static constexpr int kColsRowBytes = kBlockK / (kColsFormat == Format::kFp4 ? 2 : 1);
   static constexpr int kRowsBytes = kRows * kRowsRowBytes, kColsBytes = kCols * kColsRowBytes;
   static constexpr int kRowsScaleBytes = 4 * kRows, kColsScaleBytes = 4 * kCols;
+  static constexpr int kStageBytes = kRowsBytes + kColsBytes + kRowsScaleBytes + kColsScaleBytes;
   static constexpr int align128(int bytes) { return (bytes + 127) / 128 * 128; }
-  // A scale slot is overwritten without a barrier of its own: the data stage that the producer
-  // waits for first must imply that the slot's old block is finished with.
-  static constexpr int scale_slots(int stages) {
-    return (stages + 2 * kStagesABlock - 2) / kStagesABlock;
-  }
+  // One scale slot fewer than stages: with three FP8 stages of 128 x 128 a third slot would exceed
+  // the limit by 48 bytes. See produce().
+  static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
     return stages * (kRowsBytes + kColsBytes + 16) +
            scale_slots(stages) * align128(kRowsScaleBytes) +
@@ -85,28 +83,33 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring) {
   tma_prefetch_map(&p.cols);
   tma_prefetch_map(&p.rows_scale);
   tma_prefetch_map(&p.cols_scale);
+  // Scales trail data by one block: the slot of block x - 1 is free when the stage of block x is,
+  // because the ring has one slot fewer than stages.
   TileScheduler scheduler(p);
+  uint32_t scale_bar = 0;  // full barrier of the block whose scales are still to be copied
+  int scale_row = 0, scale_col = 0, scale_block = 0;
+  const auto copy_scales = [&] {
+    tma_load_2d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
+                p.rows_gran.per_block ? scale_block / 4 : scale_block);
+    tma_load_2d(ring.cols_scale(), &p.cols_scale, scale_bar, scale_col,
+                p.cols_gran.per_block ? scale_block / 4 : scale_block);
+    ring.scale.advance();
+  };
   for (Tile tile; scheduler.next(tile);) {
     const int row = tile.row * T::kBlockRows, col = tile.col * T::kBlockCols;
     for (int block = tile.k_begin; block < tile.k_end; ++block) {
-#pragma unroll
-      for (int s = 0; s < T::kStagesABlock; ++s) {
-        const int stage = block * T::kStagesABlock + s;
-        mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-        const int scale_bytes = s == 0 ? T::kRowsScaleBytes + T::kColsScaleBytes : 0;
-        mbarrier_expect_tx(ring.full(), T::kRowsBytes + T::kColsBytes + scale_bytes);
-        tma_load_2d(ring.rows(), &p.rows, ring.full(), stage * T::kRowsRowBytes, row);
-        tma_load_2d(ring.cols(), &p.cols, ring.full(), stage * T::kColsRowBytes, col);
-        if (s == 0) {
-          const int row_word = p.rows_gran.per_block ? block / 4 : block;
-          const int col_word = p.cols_gran.per_block ? block / 4 : block;
-          tma_load_2d(ring.rows_scale(), &p.rows_scale, ring.full(), row, row_word);
-          tma_load_2d(ring.cols_scale(), &p.cols_scale, ring.full(), col, col_word);
-          ring.scale.advance();
-        }
-        ring.data.advance();
-      }
+      mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
+      if (scale_bar) copy_scales();
+      mbarrier_expect_tx(ring.full(), T::kStageBytes);
+      tma_load_2d(ring.rows(), &p.rows, ring.full(), block * T::kRowsRowBytes, row);
+      tma_load_2d(ring.cols(), &p.cols, ring.full(), block * T::kColsRowBytes, col);
+      scale_bar = ring.full(), scale_row = row, scale_col = col, scale_block = block;
+      ring.data.advance();
     }
+  }
+  if (scale_bar) {
+    mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
+    copy_scales();
   }
 }
 
@@ -116,64 +119,72 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
                                            float (&acc)[T::MT][T::NT][4], int warp_row,
                                            int warp_col) {
   using Mma = typename T::Mma;
-  constexpr int kSteps = kBlockK / Mma::kStepK, kStepsAStage = kSteps / T::kStagesABlock;
+  constexpr int kSteps = kBlockK / Mma::kStepK;
+  constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
+  static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
   const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row);
   const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(warp_col);
+
+  // Software pipeline over the A fragments of all blocks in order: two ahead is on its way from
+  // shared memory; with kConvertAhead the next is converted while one is multiplied.
   Mma mma;
-  typename Mma::RawA a[2];  // the A fragment at work and the next, already on its way
-  typename Mma::RawB b[T::NT];
-  const auto enter_stage = [&] {
-    mbarrier_wait(ring.full(), ring.data.parity);
-    cols.load(b, ring.cols(), 0);
-    rows.load(a[0], ring.rows(), 0, 0);
+  constexpr int kBufferedB = T::MT > 1 ? 1 : 2;  // steps of B on their way
+  typename Mma::RawA a[2];
+  typename Mma::RawB b[kBufferedB][T::NT];
+  typename Mma::FragA fragment[2];
+  const auto load_fragment = [&](auto n) {  // n: 0 .. kFragments - 1 of the ring's current stage
+    constexpr int kStep = n / T::MT;
+    if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols(), kStep);
+    rows.load(a[n % 2], ring.rows(), n % T::MT, kStep);
   };
-  if (tile.k_begin < tile.k_end) enter_stage();
-  for (int block = tile.k_begin; block < tile.k_end; ++block) {
+  const auto run_block = [&](auto scaling, auto more) {
+    using Scaling = decltype(scaling);
+    static_for<kFragments>([&](auto n) {
+      constexpr int kStep = n / T::MT, kAhead = n + 2;
+      if constexpr (n % T::MT == 0) {
+        mma.template set_scales<kStep, Scaling>();
+        mma.set_b(b[kStep % kBufferedB]);
+      }
+      if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
+      if constexpr (kAhead == kFragments) {  // all of this stage is in registers
+        release_stage(ring.empty());
+        ring.data.advance();
+        if constexpr (more) mbarrier_wait(ring.full(), ring.data.parity);
+      }
+      if constexpr (kAhead < kFragments || more) {
+        load_fragment(std::integral_constant<int, kAhead % kFragments>{});
+      }
+      if constexpr (Mma::template kConvertAhead<Scaling>) {
+        if constexpr (n + 1 < kFragments || more) {
+          Mma::convert(fragment[(n + 1) % 2], a[(n + 1) % 2]);
+        }
+        mma.template multiply<kStep, Scaling>(n % T::MT, acc[n % T::MT], fragment[n % 2]);
+      } else {
+        mma.template multiply<kStep, Scaling>(n % T::MT, acc[n % T::MT], fragment[0]);
+      }
+    });
+    mma.template finish_block<Scaling>(acc);
+  };
+  const auto next_block = [&](int block, auto more) {
     const bool last = block == p.k_blocks - 1;
     mma.load_scales(ring.rows_scale() + 4 * warp_row, ring.cols_scale() + 4 * warp_col,
                     scale_selector(p.rows_gran, block, last),
                     scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
-    const auto multiply_block = [&](auto scaling) {
-      using Scaling = decltype(scaling);
-      static_for<kSteps>([&](auto step) {
-        constexpr int kInStage = step % kStepsAStage;
-        mma.template set_scales<step, Scaling>();
-        mma.set_b(b);
-        static_for<T::MT>([&](auto i) {
-          constexpr int kAt = kInStage * T::MT + i;  // A fragments of this stage, in order
-          typename Mma::RawA& next = a[(kAt + 1) % 2];
-          if constexpr (i + 1 < T::MT) {
-            rows.load(next, ring.rows(), i + 1, kInStage);
-          } else if constexpr (kInStage + 1 < kStepsAStage) {
-            cols.load(b, ring.cols(), kInStage + 1);
-            rows.load(next, ring.rows(), 0, kInStage + 1);
-          } else {
-            release_stage(ring.empty());
-            ring.data.advance();
-          }
-          mma.template multiply<step, Scaling>(i, acc[i], a[kAt % 2]);
-          if constexpr (i + 1 == T::MT && kInStage + 1 == kStepsAStage) {
-            if (step + 1 < kSteps || block + 1 < tile.k_end) enter_stage();
-          }
-        });
-      });
-      mma.template finish_block<Scaling>(acc);
-    };
-    if (mma.regular_scales()) {
-      multiply_block(ScalingMode<kScalePerBlock, false>{});
+    if (kScalePerBlock || !mma.regular_scales()) {
+      run_block(ScalingMode<kScalePerBlock, true>{}, more);
     } else {
-      multiply_block(ScalingMode<kScalePerBlock, true>{});
+      run_block(ScalingMode<kScalePerBlock, kNative>{}, more);
     }
+  };
+  if (tile.k_begin == tile.k_end) return;
+  mbarrier_wait(ring.full(), ring.data.parity);
+  static_for<2>(load_fragment);
+  Mma::convert(fragment[0], a[0]);
+  for (int block = tile.k_begin; block < tile.k_end - 1; ++block) {
+    next_block(block, std::true_type{});
   }
-#pragma unroll
-  for (int i = 0; i < T::MT; ++i) {
-#pragma unroll
-    for (int j = 0; j < T::NT; ++j) {
-#pragma unroll
-      for (int x = 0; x < 4; ++x) acc[i][j][x] *= Mma::kAccScale;
-    }
-  }
+  next_block(tile.k_end - 1, std::false_type{});
 }
 
 // Workspace layout: [2 * CTA + slot][fragment][math thread] float4, so that a thread finds its own
@@ -197,12 +208,26 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
     const int last = TileScheduler::owner(p, index * p.k_blocks + p.k_blocks - 1);
     if (first == last) continue;  // one CTA had all of K and stored it already
     float sum[1][T::NT][4] = {};
-    for (int cta = first; cta <= last; ++cta) {
-      const int slot = TileScheduler::slot_of(p, cta, index);
+    constexpr int kAtOnce = 4;  // CTAs whose parts are loaded together: latency, not bandwidth, counts
+    for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
+      float4 part[kAtOnce][T::NT];
 #pragma unroll
-      for (int j = 0; j < T::NT; ++j) {
-        const float4 v = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
-        sum[0][j][0] += v.x, sum[0][j][1] += v.y, sum[0][j][2] += v.z, sum[0][j][3] += v.w;
+      for (int c = 0; c < kAtOnce; ++c) {
+        const int cta = min(cta0 + c, last);
+        const int slot = TileScheduler::slot_of(p, cta, index);
+#pragma unroll
+        for (int j = 0; j < T::NT; ++j) {
+          part[c][j] = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) {
+        if (cta0 + c > last) break;
+#pragma unroll
+        for (int j = 0; j < T::NT; ++j) {
+          sum[0][j][0] += part[c][j].x, sum[0][j][1] += part[c][j].y;
+          sum[0][j][2] += part[c][j].z, sum[0][j][3] += part[c][j].w;
+        }
       }
     }
     Tile tile;

@@ -52,6 +52,7 @@ struct GemmParams {
   int32_t num_rows, num_cols;
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
+  uint32_t total_blocks;   // split only: row_tiles * col_tiles * k_blocks
   bool swapped;
   bool split;              // contiguous ranges of K-blocks, one a CTA, then a reduction
 };

@@ -6,12 +6,11 @@
 namespace sm120 {
 
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDownLike,
-          int kWarpsDownMixed, int kStageKFp8>
+          int kWarpsDownMixed>
 GemmInstance make_instance() {
   constexpr bool kLike = kRowsFormat == kColsFormat;
-  constexpr bool kBothFp8 = kLike && kRowsFormat == Format::kFp8;
   using Traits = GemmTraits<kRowsFormat, kColsFormat, kRows, kCols,
-                            kLike ? kWarpsDownLike : kWarpsDownMixed, kBothFp8 ? kStageKFp8 : 128>;
+                            kLike ? kWarpsDownLike : kWarpsDownMixed>;
   return {block_scaled_gemm<Traits>, Traits::kSmemBytes, Traits::kRowsRowBytes,
           Traits::kColsRowBytes};
 }

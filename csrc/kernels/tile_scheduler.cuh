@@ -51,16 +51,15 @@ class TileScheduler {
     tile.col = inside / height;
   }
 
-  // First K-block (over all tiles) of a CTA's range.
+  // First K-block (over all tiles) of a CTA's range. 32-bit: the host splits only where
+  // p.total_blocks * (gridDim.x + 1) fits.
   static __device__ __forceinline__ int range_begin(const GemmParams& p, int cta) {
-    const int64_t total = static_cast<int64_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
-    return static_cast<int>(cta * total / gridDim.x);
+    return static_cast<uint32_t>(cta) * p.total_blocks / gridDim.x;
   }
 
   // CTA whose range holds K-block `unit`.
   static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
-    const int64_t total = static_cast<int64_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
-    return static_cast<int>(((unit + 1ll) * gridDim.x - 1) / total);
+    return ((unit + 1u) * gridDim.x - 1) / p.total_blocks;
   }
 
   // Workspace slot in which `cta` keeps its part of tile `index`: 0 for the tile its range begins

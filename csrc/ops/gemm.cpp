@@ -147,7 +147,8 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
   GemmConfig config;
   if (forced) {
     check(forced->tile >= 0 && forced->tile < kNumGemmTiles &&
-              is_legal(shape, forced->swapped, forced->split),
+              is_legal(static_cast<int>(forced->tile), forced->swapped, forced->split, shape,
+                       model.num_sms),
           kOp, "tile, swapped, split", "a compiled tile and a legal combination", forced->tile, ", ",
           forced->swapped, ", ", forced->split);
     config = evaluate_gemm_config(static_cast<int>(forced->tile), forced->swapped, forced->split,
