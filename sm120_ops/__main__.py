@@ -42,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--flush",
         choices=("write", "read"),
-        default="write",
+        default="read",
         help="how L2 is emptied before each run: by writing a buffer, or by reading it again after "
-        "that, so that no dirty lines are left (default: write)",
+        "that, so that no dirty lines are left (default: read)",
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="write a roofline plot")

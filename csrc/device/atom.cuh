@@ -3,7 +3,8 @@
 // A WarpMma<A, B, MT, NT> multiplies MT fragments of 16 rows with NT fragments of 8 columns, K
 // advancing by kStepK a step and by kBlockK = 128 a block. Once a block it loads the scale words
 // from shared memory; once a step it takes the step's scales and B fragments; then each A fragment,
-// converted beforehand, is multiplied with all of them. acc[i][j] is the MMA's C fragment: rows g, g + 8 of tile i, columns 2t, 2t + 1 of j.
+// converted beforehand, is multiplied with all of them. acc[i][j] is the MMA's C fragment: rows g,
+// g + 8 of tile i, columns 2t, 2t + 1 of j.
 #pragma once
 #include <utility>
 
@@ -229,7 +230,7 @@ class WarpMma {
       }
 #pragma unroll
       for (int x = 0; x < kHmmasAPiece; ++x) {
-        uint32_t(&hmma)[4] = a[p * kHmmasAPiece + x];
+        uint32_t (&hmma)[4] = a[p * kHmmasAPiece + x];
         hmma[0] = top[2 * x], hmma[1] = bottom[2 * x];
         hmma[2] = top[2 * x + 1], hmma[3] = bottom[2 * x + 1];
       }

@@ -18,7 +18,9 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   return v;
 }
 
-__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarpSize; }
+__device__ __forceinline__ int lane_id() {
+  return threadIdx.x % kWarpSize;
+}
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");

@@ -13,7 +13,8 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return v;
 }
 
-// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j: a 4x4 transpose over the quad.
+// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j: a 4x4 transpose
+// over the quad.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
   uint32_t out[4];
 #pragma unroll

@@ -26,6 +26,8 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 }
 
 // Barrier and memory fence over all blocks of a cooperative launch; every thread must call it.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+__device__ __forceinline__ void grid_barrier() {
+  cooperative_groups::this_grid().sync();
+}
 
 }  // namespace sm120

@@ -8,7 +8,7 @@
 
 namespace sm120 {
 
-#define SM120_MMA_OPERANDS(d, a, b)                                            \
+#define SM120_MMA_OPERANDS(d, a, b)                \
   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                             \
   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[4], const uint32_t (&a)[4],
 // lane 4n; kByte names the (first) byte of the words.
 #define SM120_MMA_SCALED(KIND, SHAPE, TYPES)                                                     \
   asm("mma.sync.aligned.kind::" KIND ".block_scale.scale_vec::" SHAPE ".row.col.f32." TYPES      \
-      ".f32.ue8m0 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {%12, 0}, {%11},"  \
+      ".f32.ue8m0 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {%12, 0}, {%11}," \
       " {%12, 0};"                                                                               \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(sfa), "r"(sfb),    \

@@ -17,7 +17,7 @@ namespace sm120 {
 enum class Access { kPlain, kPackedFp4, kPairedFp8 };
 
 template <Format kOwn, Format kOther>
-inline constexpr Access kAccess = kOwn == kOther           ? Access::kPlain
+inline constexpr Access kAccess = kOwn == kOther         ? Access::kPlain
                                   : kOwn == Format::kFp4 ? Access::kPackedFp4
                                                          : Access::kPairedFp8;
 

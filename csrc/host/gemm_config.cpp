@@ -8,29 +8,43 @@
 namespace sm120 {
 namespace {
 
-
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-double element_bytes(OperandFormat f) { return f == OperandFormat::kMxfp4 ? 0.5 : 1.0; }
-
-// Time one CTA needs for one K-block (128 of K) of a tile, in microseconds, when nothing else
-// holds it up: the MMAs it issues, at the rate its warps' tiles reach.
-double block_us(const GemmTile& tile, const GemmShape& s, const GpuModel& gpu) {
-  const double flops = 2.0 * tile.rows * tile.cols * kBlockK;
-  const bool both_fp4 = s.a == OperandFormat::kMxfp4 && s.b == OperandFormat::kMxfp4;
-  const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
-  // peak FLOP a microsecond and SM. Native: the tensor core's 2048 (FP4: 4096) a clock at 2.1 GHz,
-  // known from others' measurements. Emulated: what the 128 x 128 tile reaches on an H200.
-  const double peak = gpu.native ? (both_fp4 ? 4096.0 : 2048.0) * 2100.0
-                                 : (both_fp4 ? 1.7e6 : coarse ? 2.8e6 : 2.0e6);
-  // Small tiles issue more loads and waits an MMA, and cover less latency.
-  const int area = tile.rows * tile.cols;
-  const double efficiency = area >= 128 * 128 ? 0.85 : area >= 128 * 64 ? 0.75
-                            : area >= 64 * 64 ? 0.6  : area >= 64 * 32 ? 0.45 : 0.3;
-  // A block of the pipeline costs its waits and scale loads however few MMAs it has.
-  return std::max(flops / (peak * efficiency), 0.12);
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
+
+double element_bytes(OperandFormat f) {
+  return f == OperandFormat::kMxfp4 ? 0.5 : 1.0;
+}
+
+// The model's constants. Emulated ones were fitted to an H200 (docs/performance.md); the native
+// ones follow from the published rate of the block-scaled MMA (2048 FLOP a clock and SM, FP4 twice
+// that) at 2.1 GHz, and have not been held against a card.
+double peak_flops_a_us(const GemmShape& s, bool native) {  // of one SM, with the 128 x 128 tile
+  const bool a4 = s.a == OperandFormat::kMxfp4, b4 = s.b == OperandFormat::kMxfp4;
+  if (native) return (a4 && b4 ? 4096.0 : 2048.0) * 2100.0 * 0.8;
+  if (a4 && b4) return 1.37e6;
+  if (a4 != b4) return 1.69e6;
+  return s.gran_k_a == kBlockK && s.gran_k_b == kBlockK ? 2.85e6 : 1.88e6;
+}
+
+// Share of that rate a smaller tile reaches: it has more loads and waits an MMA, and less to hide
+// latency with.
+double tile_efficiency(const GemmTile& t, const GemmShape& s) {
+  const bool fine_fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8 &&
+                        (s.gran_k_a != kBlockK || s.gran_k_b != kBlockK);
+  if (t.rows * t.cols == 128 * 128) return (t.warps_down == 2) == fine_fp8 ? 1.0 : 0.95;
+  if (t.cols == 16) return t.rows == 128 ? 0.33 : 0.24;
+  const int area = t.rows * t.cols;
+  return area >= 128 * 64 ? 0.85 : area >= 64 * 64 ? 0.7 : 0.41;
+}
+
+constexpr double kLaunchUs = 3.0;         // launch, first copies, last stores
+constexpr double kColdTileUs = 7.0;       // code of a large tile's body and epilogue, first time
+constexpr double kTileStoreUs = 0.4;      // epilogue of 128 x 128, each further wave
+constexpr double kGridBarrierUs = 2.5;    // split: barrier and reduction of few partial sums
+constexpr double kPartialBytesAUs = 4e6;  // split: their way through L2, written and read
+constexpr double kDramShare = 0.75;       // of the nominal bandwidth, cold
+constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
 
 }  // namespace
 
@@ -41,6 +55,8 @@ bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_s
                           ceil_div(swapped ? s.m : s.n, tile.cols) * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
   }
+  const bool both_fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
+  if (kGemmTiles[index].fp8_only && !both_fp8) return false;
   return s.a == s.b || swapped == (s.b == OperandFormat::kMxfp4);
 }
 
@@ -54,28 +70,30 @@ GemmConfig evaluate_gemm_config(int index, bool swapped, bool split, const GemmS
   c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
 
   // Compute: the busiest CTA's blocks, as waves of whole tiles or as an equal share of blocks.
-  const double block = block_us(tile, s, gpu);
+  const double flops = 2.0 * tile.rows * tile.cols * kBlockK;
+  const double tile_bytes = kBlockK * (tile.rows * element_bytes(swapped ? s.b : s.a) +
+                                       tile.cols * element_bytes(swapped ? s.a : s.b)) +
+                            4.0 * (tile.rows + tile.cols);
+  const double block_us =
+      std::max(flops / (peak_flops_a_us(s, gpu.native) * tile_efficiency(tile, s)),
+               tile_bytes / kL2BytesAUs);
   const double busiest = split ? static_cast<double>(ceil_div(tiles * blocks, c.grid))
                                : static_cast<double>(ceil_div(tiles, c.grid) * blocks);
-  // Copies from L2 bound a CTA as well: about 40 GB/s a microsecond... per SM (64 B a clock at best).
-  const double tile_bytes =
-      kBlockK * (tile.rows * element_bytes(swapped ? s.b : s.a) +
-                 tile.cols * element_bytes(swapped ? s.a : s.b)) + 4.0 * (tile.rows + tile.cols);
-  c.compute_us = busiest * std::max(block, tile_bytes / 70e3);
+  c.compute_us = busiest * block_us;
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
-  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * 0.85;  // bytes a us
-  const double bytes = s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
+  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
+  const double bytes =
+      s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
   c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms));
 
-  // Tail: pipeline fill and store, once; split: the grid barrier and the partial sums' way through
-  // L2, written and read once each.
-  c.tail_us = 1.5 + ceil_div(tiles, c.grid) * tile.rows * tile.cols / 16384.0 * 0.4;
-  if (split) {
-    const double partial_bytes = 2.0 * (tiles + c.grid) * tile.rows * tile.cols * 4;
-    c.tail_us += 2.0 + partial_bytes / (gpu.num_sms * 30e3);
-  }
-  c.total_us = std::max(c.compute_us, c.dram_us) + c.tail_us;
+  const double area = static_cast<double>(tile.rows) * tile.cols;
+  c.tail_us = kLaunchUs + std::min(kColdTileUs, area / 8192 * 6) +
+              (ceil_div(tiles, c.grid) - 1) * area / 16384 * kTileStoreUs;
+  if (split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
+  c.total_us =
+      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
   return c;
 }
 
@@ -98,12 +116,14 @@ GemmConfig choose_gemm_config(const GemmShape& s, const GpuModel& gpu) {
 }
 
 std::string GemmConfig::to_string() const {
-  char text[256];
+  char text[320];
   std::snprintf(text, sizeof(text),
-                "{\"tile_rows\": %d, \"tile_cols\": %d, \"swapped\": %s, \"split\": %s, \"grid\": %d, "
+                "{\"tile_rows\": %d, \"tile_cols\": %d, \"warps_down\": %d, \"swapped\": %s, "
+                "\"split\": %s, \"grid\": %d, "
                 "\"compute_us\": %.2f, \"dram_us\": %.2f, \"tail_us\": %.2f, \"total_us\": %.2f}",
-                kGemmTiles[tile].rows, kGemmTiles[tile].cols, swapped ? "true" : "false",
-                split ? "true" : "false", grid, compute_us, dram_us, tail_us, total_us);
+                kGemmTiles[tile].rows, kGemmTiles[tile].cols, kGemmTiles[tile].warps_down,
+                swapped ? "true" : "false", split ? "true" : "false", grid, compute_us, dram_us,
+                tail_us, total_us);
   return text;
 }
 

@@ -8,27 +8,30 @@ namespace sm120 {
 enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
-// axis), warps along the rows (of 8) for like formats and for FP4 beside FP8, and why it is there.
-//   128 x 128  most reuse a byte; eight 64x32 warps (32x64 where FP4 rows are unpacked, so that an
-//              unpacked fragment serves 8 MMAs). Three FP8 stages just fit 99 KB.
+// axis), warps along the rows (of 8), whether for FP8 beside FP8 only, and why it is there.
+//   128 x 128  most reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment of
+//              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
+//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
 //   128 x 16   the same with half the CTA count, for many weight rows.
 #define SM120_GEMM_TILES(X) \
-  X(128, 128, 2, 4)         \
-  X(128, 64, 4, 4)          \
-  X(64, 64, 4, 4)           \
-  X(64, 32, 4, 4)           \
-  X(64, 16, 4, 4)           \
-  X(128, 16, 8, 8)
+  X(128, 128, 4, false)     \
+  X(128, 128, 2, true)      \
+  X(128, 64, 4, false)      \
+  X(64, 64, 4, false)       \
+  X(64, 32, 4, false)       \
+  X(64, 16, 4, false)       \
+  X(128, 16, 8, false)
 
 struct GemmTile {
-  int rows, cols;
+  int rows, cols, warps_down;
+  bool fp8_only;
 };
 inline constexpr GemmTile kGemmTiles[] = {
-#define SM120_TILE(rows, cols, ...) {rows, cols},
+#define SM120_TILE(...) {__VA_ARGS__},
     SM120_GEMM_TILES(SM120_TILE)
 #undef SM120_TILE
 };
@@ -42,15 +45,15 @@ struct GemmShape {
 
 struct GpuModel {
   int num_sms;
-  bool native;      // block-scaled MMA in hardware (12.x), else emulated (9.0)
+  bool native;  // block-scaled MMA in hardware (12.x), else emulated (9.0)
   int64_t l2_bytes;
-  int dram_gbps;    // 0 = unknown
+  int dram_gbps;  // 0 = unknown
 };
 
 struct GemmConfig {
-  int tile;         // index into kGemmTiles
-  bool swapped;     // rows = B, cols = A
-  bool split;       // K-blocks of all tiles cut into `grid` equal ranges
+  int tile;      // index into kGemmTiles
+  bool swapped;  // rows = B, cols = A
+  bool split;    // K-blocks of all tiles cut into `grid` equal ranges
   int grid;
   // the model's terms, in microseconds
   double compute_us, dram_us, tail_us, total_us;
@@ -58,7 +61,8 @@ struct GemmConfig {
   std::string to_string() const;  // JSON
 };
 
-// FP4 beside FP8 must be the operand of the 16-row axis (device/operand.cuh); only a product with
+// The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis
+// (device/operand.cuh); only a product with
 // more than one K-block can be split, and only one whose K-blocks the kernel can count in 32 bits.
 bool is_legal(int tile, bool swapped, bool split, const GemmShape& shape, int num_sms);
 

@@ -9,7 +9,9 @@
 namespace sm120 {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 GemmInstance find_instance(OperandFormat rows, OperandFormat cols, int tile) {
   if (rows == OperandFormat::kMxfp8) return gemm_instance_fp8_fp8(tile);
@@ -82,17 +84,23 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const Ge
   p.swapped = config.swapped;
   p.split = config.split;
 
-  // A split launch has a grid barrier, so all its CTAs must run at once: cooperative.
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = config.split;
+  // A split launch has a grid barrier, so all its CTAs must run at once: cooperative. Any other may
+  // be set up while the kernel before it finishes (it waits for it before it touches memory).
+  cudaLaunchAttribute attribute{};
+  if (config.split) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(config.grid);
   launch.blockDim = dim3(kGemmThreads);
   launch.dynamicSmemBytes = instance.smem_bytes;
   launch.stream = stream;
-  launch.attrs = &cooperative;
-  launch.numAttrs = config.split ? 1 : 0;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
   return cudaLaunchKernelEx(&launch, instance.kernel, p);
 }
 

@@ -9,10 +9,10 @@ namespace sm120 {
 
 // A K-major operand and its canonical packed scales.
 struct GemmOperand {
-  const void* data;       // [rows, K] e4m3 bytes or [rows, K/2] packed e2m1
-  int64_t stride;         // bytes between rows
-  const void* scale;      // int32 [rows, words], rows contiguous
-  int64_t scale_stride;   // int32 between words
+  const void* data;      // [rows, K] e4m3 bytes or [rows, K/2] packed e2m1
+  int64_t stride;        // bytes between rows
+  const void* scale;     // int32 [rows, words], rows contiguous
+  int64_t scale_stride;  // int32 between words
   OperandFormat format;
   int gran_k;
   int64_t rows;

@@ -2,7 +2,8 @@
 //
 // A persistent CTA of 12 warps: one thread of the last four copies operand and scale tiles by TMA
 // into a ring of stages, eight warps multiply and store. A stage is one K-block: rows
-// [block_rows, 128] and cols [block_cols, 128], K-major and swizzled, and a packed scale word a row.
+// [block_rows, 128] and cols [block_cols, 128], K-major and swizzled, and a packed scale word a
+// row.
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
@@ -111,6 +112,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring) {
     mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
     copy_scales();
   }
+  pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 
 // Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks.
@@ -208,7 +210,8 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
     const int last = TileScheduler::owner(p, index * p.k_blocks + p.k_blocks - 1);
     if (first == last) continue;  // one CTA had all of K and stored it already
     float sum[1][T::NT][4] = {};
-    constexpr int kAtOnce = 4;  // CTAs whose parts are loaded together: latency, not bandwidth, counts
+    constexpr int kAtOnce =
+        4;  // CTAs whose parts are loaded together: latency, not bandwidth, counts
     for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
       float4 part[kAtOnce][T::NT];
 #pragma unroll
@@ -251,6 +254,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
+  pdl_wait();  // global memory may be touched from here on
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
@@ -278,7 +282,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     } else {
 #pragma unroll
       for (int f = 0; f < T::MT * T::NT; ++f) {
-        const float(&v)[4] = acc[f / T::NT][f % T::NT];
+        const float (&v)[4] = acc[f / T::NT][f % T::NT];
         *partial_fragment<T>(p, blockIdx.x, tile.partial, f) = make_float4(v[0], v[1], v[2], v[3]);
       }
     }

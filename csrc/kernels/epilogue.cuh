@@ -2,14 +2,18 @@
 #pragma once
 #include <cuda_bf16.h>
 
-#include "device/operand.cuh"
 #include "device/exchange.cuh"
+#include "device/operand.cuh"
 #include "kernels/gemm.h"
 
 namespace sm120 {
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 
 __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
   if (out.period == 0) return n;

@@ -15,13 +15,13 @@ namespace sm120 {
 // Where products go. Column n of the product lies at column n of D, or, with a head split, at
 // column n + (n / period) * mid + (n % period >= left ? mid : 0).
 struct GemmOutput {
-  void* d;              // [M, N'] bf16 or fp32
-  const void* c;        // nullptr, or [M, N'] of D's type, added before rounding
-  int64_t d_stride;     // elements between rows
+  void* d;           // [M, N'] bf16 or fp32
+  const void* c;     // nullptr, or [M, N'] of D's type, added before rounding
+  int64_t d_stride;  // elements between rows
   int64_t c_stride;
   int32_t left, period, mid;  // head split; period 0 = none
   bool fp32;
-  bool vector;          // product columns 8i .. 8i+7 are adjacent in D and 16-byte aligned
+  bool vector;  // product columns 8i .. 8i+7 are adjacent in D and 16-byte aligned
 };
 
 inline constexpr int kBlockK = 128;  // K of the main loop's unit, and of a scale word at gran_k 32
@@ -48,13 +48,13 @@ struct GemmParams {
   CUtensorMap rows_scale;  // int32 [words, rows], box [1, block_rows]
   CUtensorMap cols_scale;  // int32 [words, cols]
   GemmOutput out;
-  float* workspace;        // split only: [2 * grid, block_rows * block_cols] partial sums
+  float* workspace;  // split only: [2 * grid, block_rows * block_cols] partial sums
   int32_t num_rows, num_cols;
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
-  uint32_t total_blocks;   // split only: row_tiles * col_tiles * k_blocks
+  uint32_t total_blocks;  // split only: row_tiles * col_tiles * k_blocks
   bool swapped;
-  bool split;              // contiguous ranges of K-blocks, one a CTA, then a reduction
+  bool split;  // contiguous ranges of K-blocks, one a CTA, then a reduction
 };
 
 using GemmKernel = void (*)(GemmParams);

@@ -5,9 +5,9 @@
 namespace sm120 {
 
 struct Tile {
-  int row, col;          // tile coordinates
-  int k_begin, k_end;    // K-blocks
-  int partial;           // workspace slot of this CTA (0, 1) if it holds part of K, else -1
+  int row, col;        // tile coordinates
+  int k_begin, k_end;  // K-blocks
+  int partial;         // workspace slot of this CTA (0, 1) if it holds part of K, else -1
 };
 
 // Whole tiles round-robin over a persistent grid; or, for few tiles with long K (split), the

@@ -41,4 +41,6 @@ int64_t atom_rate(Tensor sink, std::string atom, int64_t iterations) {
 }  // namespace
 }  // namespace sm120
 
-STABLE_TORCH_LIBRARY_IMPL(sm120, CUDA, m) { m.impl("_atom_rate", TORCH_BOX(&sm120::atom_rate)); }
+STABLE_TORCH_LIBRARY_IMPL(sm120, CUDA, m) {
+  m.impl("_atom_rate", TORCH_BOX(&sm120::atom_rate));
+}

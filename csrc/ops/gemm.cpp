@@ -33,15 +33,16 @@ struct Forced {
 
 OperandFormat format_of(const char* arg, const Tensor& t) {
   if (t.scalar_type() == ScalarType::Float8_e4m3fn) return OperandFormat::kMxfp8;
-  check(is_fp4_storage(t.scalar_type()), kOp, arg,
-        "dtype torch.float8_e4m3fn, or packed FP4 (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)",
-        Dtype(t));
+  check(
+      is_fp4_storage(t.scalar_type()), kOp, arg,
+      "dtype torch.float8_e4m3fn, or packed FP4 (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)",
+      Dtype(t));
   return OperandFormat::kMxfp4;
 }
 
 GemmOperand check_operand(const char* arg, const Tensor& data, const char* scale_arg,
-                          const Tensor& scale, int64_t gran_k, const char* gran_arg,
-                          int32_t device, int64_t& k) {
+                          const Tensor& scale, int64_t gran_k, const char* gran_arg, int32_t device,
+                          int64_t& k) {
   check_on_device(kOp, arg, data, device);
   check(data.dim() == 2, kOp, arg, "a 2-D tensor", Shape{data});
   const OperandFormat format = format_of(arg, data);
@@ -49,7 +50,8 @@ GemmOperand check_operand(const char* arg, const Tensor& data, const char* scale
   check(gran_k == 32 || gran_k == 128, kOp, gran_arg, "32 or 128", gran_k);
   k = data.size(1) * (fp4 ? 2 : 1);
   check(k % (fp4 ? 32 : 16) == 0, kOp, arg,
-        fp4 ? "K to be a multiple of 32 (rows of 16 bytes)" : "K to be a multiple of 16", "K = ", k);
+        fp4 ? "K to be a multiple of 32 (rows of 16 bytes)" : "K to be a multiple of 16",
+        "K = ", k);
   check(data.size(0) <= kMaxRows && k <= kMaxRows, kOp, arg, "fewer than 2^31 rows and columns",
         Shape{data});
   int64_t stride = data.size(0) > 1 ? data.stride(0) : align_up(data.size(1), 16);
@@ -62,10 +64,9 @@ GemmOperand check_operand(const char* arg, const Tensor& data, const char* scale
           data.data_ptr());
   }
   check_packed_scales(kOp, scale_arg, scale, data.size(0), ceil_div(k, 4 * gran_k), device);
-  return {data.data_ptr(),     stride,
-          scale.data_ptr(),    packed_scales_stride(scale),
-          format,              static_cast<int>(gran_k),
-          data.size(0)};
+  return {
+      data.data_ptr(),          stride,      scale.data_ptr(), packed_scales_stride(scale), format,
+      static_cast<int>(gran_k), data.size(0)};
 }
 
 Problem check_problem(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
@@ -81,8 +82,8 @@ Problem check_problem(const Tensor& a, const Tensor& sfa, const Tensor& b, const
   if (!splits.empty()) {
     check(splits.size() == 3 && splits[0] >= 0 && splits[1] >= 0 && splits[2] >= 0 &&
               splits[0] + splits[2] > 0 && splits[0] + splits[1] + splits[2] < kMaxRows,
-          kOp, "head_splits", "[left, mid, right], none negative, left + right > 0",
-          splits.size(), " numbers");
+          kOp, "head_splits", "[left, mid, right], none negative, left + right > 0", splits.size(),
+          " numbers");
     const int64_t period = splits[0] + splits[2];
     if (p.n % period != 0) {
       fail(kOp, "head_splits", cat("left + right to divide N = ", p.n), cat(period));
@@ -113,17 +114,18 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
   check(p.m <= 1 || out.numel() == 0 || out.stride(0) >= p.columns, kOp, "out",
         "rows that do not overlap", Strides{out});
   const ByteRange written = byte_range(out);
-  for (const auto& [arg, t] : {std::pair<const char*, const Tensor*>{"a", &a},
-                               {"sfa", &sfa}, {"b", &b}, {"sfb", &sfb}}) {
+  for (const auto& [arg, t] :
+       {std::pair<const char*, const Tensor*>{"a", &a}, {"sfa", &sfa}, {"b", &b}, {"sfb", &sfb}}) {
     check(!written.overlaps(byte_range(*t)), kOp, "out", "memory apart from the inputs",
           "overlap with ", arg);
   }
   if (c) {
     check_output("c", *c, p, device);
     check(c->scalar_type() == out.scalar_type(), kOp, "c", "the dtype of out", Dtype(*c));
-    const bool same = c->data_ptr() == out.data_ptr() && (p.m <= 1 || c->stride(0) == out.stride(0));
-    check(same || !written.overlaps(byte_range(*c)), kOp, "c",
-          "out itself or memory apart from it", "a shifted overlap");
+    const bool same =
+        c->data_ptr() == out.data_ptr() && (p.m <= 1 || c->stride(0) == out.stride(0));
+    check(same || !written.overlaps(byte_range(*c)), kOp, "c", "out itself or memory apart from it",
+          "a shifted overlap");
   }
   if (p.m == 0 || p.columns == 0) return;
 
@@ -149,8 +151,8 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
     check(forced->tile >= 0 && forced->tile < kNumGemmTiles &&
               is_legal(static_cast<int>(forced->tile), forced->swapped, forced->split, shape,
                        model.num_sms),
-          kOp, "tile, swapped, split", "a compiled tile and a legal combination", forced->tile, ", ",
-          forced->swapped, ", ", forced->split);
+          kOp, "tile, swapped, split", "a compiled tile and a legal combination", forced->tile,
+          ", ", forced->swapped, ", ", forced->split);
     config = evaluate_gemm_config(static_cast<int>(forced->tile), forced->swapped, forced->split,
                                   shape, model);
   } else {
@@ -168,8 +170,8 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
     buffer = empty_cuda({bytes / 4}, ScalarType::Float, device);
     workspace = buffer->data_ptr();
   }
-  SM120_OPS_CUDA_CHECK(
-      kOp, launch_gemm(config, p.a, p.b, p.k, d, workspace, current_stream(device)));
+  SM120_OPS_CUDA_CHECK(kOp,
+                       launch_gemm(config, p.a, p.b, p.k, d, workspace, current_stream(device)));
 }
 
 void gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_t gran_k_b,
@@ -195,8 +197,8 @@ Tensor gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_
 }
 
 void gemm_forced(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_t gran_k_b,
-                 std::optional<Tensor> c, std::vector<int64_t> head_splits, Tensor out, int64_t tile,
-                 bool swapped, bool split) {
+                 std::optional<Tensor> c, std::vector<int64_t> head_splits, Tensor out,
+                 int64_t tile, bool swapped, bool split) {
   const Problem p = check_problem(a, sfa, b, sfb, gran_k_a, gran_k_b, head_splits);
   const Forced forced{tile, swapped, split};
   run(a, sfa, b, sfb, p, c, head_splits, out, &forced);
@@ -213,8 +215,12 @@ std::string gemm_config(int64_t m, int64_t n, int64_t k, std::string format_a, s
                         int64_t l2_bytes, int64_t dram_gbps) {
   check(m > 0 && n > 0 && k >= 0 && num_sms > 0, "_gemm_config", "m, n, k, num_sms",
         "m, n, num_sms > 0 and k >= 0", m, ", ", n, ", ", k, ", ", num_sms);
-  const GemmShape shape{m, n, k, parse_format("format_a", format_a),
-                        parse_format("format_b", format_b), static_cast<int>(gran_k_a),
+  const GemmShape shape{m,
+                        n,
+                        k,
+                        parse_format("format_a", format_a),
+                        parse_format("format_b", format_b),
+                        static_cast<int>(gran_k_a),
                         static_cast<int>(gran_k_b)};
   const GpuModel model{static_cast<int>(num_sms), native, l2_bytes, static_cast<int>(dram_gbps)};
   return choose_gemm_config(shape, model).to_string();

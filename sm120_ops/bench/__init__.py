@@ -103,7 +103,7 @@ def run(
     *,
     mode: str = "standard",
     with_peers: bool = True,
-    flush: str = "write",
+    flush: str = "read",
     on_line: Callable[[Line], None] | None = None,
 ) -> Results:
     """Measures the ceilings, then every line of ``families`` (default: all of them)."""

@@ -29,7 +29,7 @@ class Timer:
     L2 is cold and clean, as it is behind another layer's weights.
     """
 
-    def __init__(self, device: torch.device, *, quick: bool = False, flush: str = "write"):
+    def __init__(self, device: torch.device, *, quick: bool = False, flush: str = "read"):
         if flush not in FLUSH_MODES:
             raise ValueError(f"Timer: flush: expected one of {FLUSH_MODES}, got {flush!r}")
         props = torch.cuda.get_device_properties(device)
