@@ -11,7 +11,7 @@ import torch
 
 import sm120_ops  # noqa: F401  registers the ops
 
-FORMATS = list(itertools.product(("mxfp8", "mxfp4"), repeat=2))
+FORMATS = [(a, b) for a in ("mxfp8", "mxfp4") for b in ("mxfp8", "mxfp4")]
 SMS = (48, 132, 170, 188)  # GB10, H200, RTX 5090, RTX PRO 6000
 TILES = {(128, 128, 4), (128, 128, 2), (128, 64, 4), (64, 64, 4)} | {
     (64, 32, 4),
