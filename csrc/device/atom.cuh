@@ -39,6 +39,12 @@ __device__ __forceinline__ uint32_t scale_selector(const ScaleGran& gran, int bl
   return last ? selector ^ gran.select_tail : selector;
 }
 
+// kWhole: the word is known to hold the block's four scales in order.
+template <bool kWhole>
+__device__ __forceinline__ uint32_t selected(uint32_t word, uint32_t selector) {
+  return kWhole ? word : prmt(word, kNoScale, selector);
+}
+
 // How the emulation applies scales; the native MMA ignores it.
 //   kPerBlock  one scale covers the whole block on both sides: its four 32-blocks are summed before
 //              they are scaled.
@@ -68,17 +74,18 @@ class WarpMma {
   // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
   // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
   // move and ptxas re-materialises them all over the loop.
+  template <bool kWhole>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
     const int g = lane_id() / 4, half = lane_id() % 2;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
       const int row = 16 * i + 8 * half + g;
-      sfa_[i] = prmt(lds32(sfa + 4 * row), kNoScale, select_a);
+      sfa_[i] = selected<kWhole>(lds32(sfa + 4 * row), select_a);
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      sfb_[j] = prmt(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), kNoScale, select_b);
+      sfb_[j] = selected<kWhole>(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), select_b);
     }
   }
 
@@ -154,6 +161,7 @@ class WarpMma {
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
 
+  template <bool kWhole>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
     const int g = lane_id() / 4, t = lane_id() % 4;
@@ -162,7 +170,7 @@ class WarpMma {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * i + 8 * h + g;
-        sfa_[i][h] = prmt(lds32(sfa + 4 * row), kNoScale, select_a);
+        sfa_[i][h] = selected<kWhole>(lds32(sfa + 4 * row), select_a);
       }
     }
 #pragma unroll
@@ -170,7 +178,7 @@ class WarpMma {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
-        sfb_[j][e] = prmt(lds32(sfb + 4 * column), kNoScale, select_b);
+        sfb_[j][e] = selected<kWhole>(lds32(sfb + 4 * column), select_b);
       }
     }
   }

@@ -142,7 +142,8 @@ struct WarpTile {
       const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row);
       const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col);
       Mma mma;
-      mma.load_scales(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col, selector, selector);
+      mma.template load_scales<false>(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col,
+                                      selector, selector);
       static_for<kBlockK / Mma::kStepK>([&](auto step) {
         constexpr int kStep = step;
         mma.template set_scales<kStep, Scaling>();
