@@ -39,18 +39,25 @@ __device__ __forceinline__ uint32_t scale_selector(const ScaleGran& gran, int bl
   return last ? selector ^ gran.select_tail : selector;
 }
 
-// kWhole: the word is known to hold the block's four scales in order.
-template <bool kWhole>
-__device__ __forceinline__ uint32_t selected(uint32_t word, uint32_t selector) {
-  return kWhole ? word : prmt(word, kNoScale, selector);
+// The scales of one row or column in a K-block, out of its word in shared memory.
+//   kFine    gran_k 32 and a whole block: the word as it is.
+//   kCoarse  gran_k 128: one byte, at the address of the word + block % 4; the others stay 0.
+//   kAny     four scales by a byte selector.
+enum class ScaleRead { kFine, kCoarse, kAny };
+
+template <ScaleRead kRead>
+__device__ __forceinline__ uint32_t read_scale(uint32_t address, uint32_t selector) {
+  if constexpr (kRead == ScaleRead::kFine) return lds32(address);
+  if constexpr (kRead == ScaleRead::kCoarse) return lds8(address);
+  return prmt(lds32(address), kNoScale, selector);
 }
 
-// How the emulation applies scales; the native MMA ignores it.
-//   kPerBlock  one scale covers the whole block on both sides: its four 32-blocks are summed before
-//              they are scaled.
+// How scales are applied.
+//   kPerBlock  one scale covers the whole block on both sides (ScaleRead::kCoarse). The emulation
+//              sums the block's four 32-blocks before it scales them.
 //   kExact     handles every exponent code. Otherwise all are known to lie in 64 .. 191, where no
 //              product leaves the range of normal floats and neither 0 (a subnormal) nor 0xFF (NaN)
-//              needs care.
+//              needs care. The native MMA needs no such distinction.
 template <bool kPerBlockValue, bool kExactValue>
 struct ScalingMode {
   static constexpr bool kPerBlock = kPerBlockValue, kExact = kExactValue;
@@ -74,18 +81,19 @@ class WarpMma {
   // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
   // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
   // move and ptxas re-materialises them all over the loop.
-  template <bool kWhole>
+  template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
     const int g = lane_id() / 4, half = lane_id() % 2;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
       const int row = 16 * i + 8 * half + g;
-      sfa_[i] = selected<kWhole>(lds32(sfa + 4 * row), select_a);
+      sfa_[i] = paired<kRead>(read_scale<kRead>(sfa + 4 * row, select_a));
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      sfb_[j] = selected<kWhole>(lds32(sfb + 4 * (8 * j + fragment_column<kAccessB>(g))), select_b);
+      const int column = 8 * j + fragment_column<kAccessB>(g);
+      sfb_[j] = paired<kRead>(read_scale<kRead>(sfb + 4 * column, select_b));
     }
   }
 
@@ -116,10 +124,11 @@ class WarpMma {
   __device__ __forceinline__ void multiply(int i, float (&acc)[NT][4], const FragA& a) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
+      constexpr int kScale = Scaling::kPerBlock ? 0 : kStep;  // which of a word's scales
       if constexpr (kBothFp4) {
-        mma_mxf4<2 * kStep>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
+        mma_mxf4<2 * kScale>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
       } else {
-        mma_mxf8f6f4<kA, kStep>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
+        mma_mxf8f6f4<kA, kScale>(acc[j], a, b_[j], sfa_[i], sfb_[j]);
       }
     }
   }
@@ -128,6 +137,12 @@ class WarpMma {
   __device__ __forceinline__ void finish_block(float (&)[MT][NT][4]) {}
 
  private:
+  // The MMA of two FP4 operands takes two scales, which are one at gran_k 128.
+  template <ScaleRead kRead>
+  static __device__ __forceinline__ uint32_t paired(uint32_t scale) {
+    return kBothFp4 && kRead == ScaleRead::kCoarse ? scale * 0x0101u : scale;
+  }
+
   // 8 nibbles n0..n7 -> bytes n0..n3 and n4..n7, each value in bits 5..2
   static __device__ __forceinline__ void unpack_fp4(uint32_t& lo, uint32_t& hi, uint32_t packed) {
     const uint32_t even = (packed << 2) & 0x3c3c3c3cu, odd = (packed >> 2) & 0x3c3c3c3cu;
@@ -161,7 +176,7 @@ class WarpMma {
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
 
-  template <bool kWhole>
+  template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
     const int g = lane_id() / 4, t = lane_id() % 4;
@@ -170,7 +185,7 @@ class WarpMma {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * i + 8 * h + g;
-        sfa_[i][h] = selected<kWhole>(lds32(sfa + 4 * row), select_a);
+        sfa_[i][h] = read_scale<kRead>(sfa + 4 * row, select_a);
       }
     }
 #pragma unroll
@@ -178,7 +193,7 @@ class WarpMma {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
-        sfb_[j][e] = selected<kWhole>(lds32(sfb + 4 * column), select_b);
+        sfb_[j][e] = read_scale<kRead>(sfb + 4 * column, select_b);
       }
     }
   }

@@ -32,6 +32,12 @@ __device__ __forceinline__ uint32_t lds32(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t lds8(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ void lds64(uint32_t& lo, uint32_t& hi, uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(lo), "=r"(hi) : "r"(address));
 }

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
   }
   float acc[MT][NT][4] = {};
   Mma mma;
-  mma.template load_scales<false>(sfa, sfb, 0x3210, 0x3210);
+  mma.template load_scales<ScaleRead::kAny>(sfa, sfb, 0x3210, 0x3210);
   mma.template set_scales<0, Scaling>();
   for (int it = 0; it < iterations; ++it) {
     static_for<kBlockK / Mma::kStepK>([&](auto step) {

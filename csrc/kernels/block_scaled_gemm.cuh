@@ -115,21 +115,14 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring) {
   pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 
-// Which of the main loop's two versions runs. Native: both operands have gran_k 32, so that a scale
-// word is a block's scales as it stands. Emulated: both have gran_k 128, so that a block's products
-// are summed before they are scaled.
-__device__ __forceinline__ bool short_version(const GemmParams& p) {
-  return kNative ? !p.rows_gran.per_block && !p.cols_gran.per_block
-                 : p.rows_gran.per_block && p.cols_gran.per_block;
-}
-
-// Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks.
-template <class T, bool kShortVersion>
+// Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks. kScales: how
+// both operands' scale words are read.
+template <class T, ScaleRead kScales>
 __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile, Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4], int warp_row,
                                            int warp_col) {
   using Mma = typename T::Mma;
-  constexpr bool kScalePerBlock = !kNative && kShortVersion;
+  constexpr bool kScalePerBlock = kScales == ScaleRead::kCoarse;
   constexpr int kSteps = kBlockK / Mma::kStepK;
   constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
   static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
@@ -177,11 +170,12 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     mma.template finish_block<Scaling>(acc);
   };
   const auto next_block = [&](int block, auto more) {
-    // only a tile's last block can be the last of K, which may be partial
-    constexpr bool kWhole = kNative && kShortVersion && more;
+    // Only a tile's last block can be the last of K, which may be partial.
+    constexpr bool kPartial = kScales == ScaleRead::kFine && !more;
     const bool last = !more && block == p.k_blocks - 1;
-    mma.template load_scales<kWhole>(
-        ring.rows_scale() + 4 * warp_row, ring.cols_scale() + 4 * warp_col,
+    const int byte = kScalePerBlock ? block % 4 : 0;
+    mma.template load_scales<kPartial ? ScaleRead::kAny : kScales>(
+        ring.rows_scale() + 4 * warp_row + byte, ring.cols_scale() + 4 * warp_col + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
     if (kScalePerBlock || !mma.regular_scales()) {
@@ -281,10 +275,12 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   TileScheduler scheduler(p);
   for (Tile tile; scheduler.next(tile);) {
     float acc[T::MT][T::NT][4] = {};
-    if (short_version(p)) {
-      accumulate<T, true>(p, tile, ring, acc, warp_row, warp_col);
-    } else {
-      accumulate<T, false>(p, tile, ring, acc, warp_row, warp_col);
+    if (p.rows_gran.per_block && p.cols_gran.per_block) {
+      accumulate<T, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col);
+    } else if (kNative && !p.rows_gran.per_block && !p.cols_gran.per_block) {
+      accumulate<T, ScaleRead::kFine>(p, tile, ring, acc, warp_row, warp_col);
+    } else {  // the emulation, busy with other work, has no gain from kFine
+      accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col);
     }
     if (tile.partial < 0) {
       store_fragments<T::Mma::kAccessB>(p, acc, tile.row * T::kBlockRows + warp_row,

@@ -142,7 +142,8 @@ struct WarpTile {
       const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row);
       const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col);
       Mma mma;
-      mma.template load_scales<false>(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col,
+      constexpr ScaleRead kRead = Scaling::kPerBlock ? ScaleRead::kCoarse : ScaleRead::kAny;
+      mma.template load_scales<kRead>(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col,
                                       selector, selector);
       static_for<kBlockK / Mma::kStepK>([&](auto step) {
         constexpr int kStep = step;

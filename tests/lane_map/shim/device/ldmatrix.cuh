@@ -2,10 +2,12 @@
 #pragma once
 #include "warp.h"
 #define ldmatrix ptx_ldmatrix
+#define lds8 ptx_lds8
 #define lds32 ptx_lds32
 #define lds64 ptx_lds64
 #include_next "device/ldmatrix.cuh"
 #undef ldmatrix
+#undef lds8
 #undef lds32
 #undef lds64
 
@@ -20,6 +22,10 @@ void ldmatrix(uint32_t* r, uint32_t address) {
   for (int i = 0; i < kCount; ++i) {
     r[i] = simulated::warp.load32(rows[8 * i + lane / 4], 16, 4 * (lane % 4));
   }
+}
+
+inline uint32_t lds8(uint32_t address) {
+  return simulated::warp.load32(address & ~3u, 4) >> 8 * (address & 3u) & 0xffu;
 }
 
 inline uint32_t lds32(uint32_t address) {
