@@ -42,9 +42,10 @@ def main() -> None:
         for format_a, gran_a, format_b, gran_b, gran_mn in CASES:
             a = sm120_ops.quantize(x, format_a, gran_k=gran_a)
             b = sm120_ops.quantize(w, format_b, gran_k=gran_b, gran_mn=gran_mn)
-            grans = {"gran_k_a": gran_a, "gran_k_b": gran_b}
-            d32 = sm120_ops.gemm(a, b, **grans, out_dtype=torch.float32).double()
-            d16 = sm120_ops.gemm(a, b, **grans).double()
+            d32, d16 = (
+                sm120_ops.gemm(a, b, gran_k_a=gran_a, gran_k_b=gran_b, out_dtype=dtype).double()
+                for dtype in (torch.float32, torch.bfloat16)
+            )
             exact = product(sm120_ops.dequantize(*a, gran_a), sm120_ops.dequantize(*b, gran_b))
             relative = (d16 - exact).abs() / exact.abs()
             clear = exact.abs() > 0.1 * exact.abs().mean()  # away from cancellation

@@ -6,6 +6,7 @@ configuration of the GEMM runs again and again and every element is compared eac
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable
@@ -72,16 +73,38 @@ def test_every_configuration(fmt_a: str, fmt_b: str, gran_k_a: int, gran_k_b: in
             out = torch.full((m, n), torch.nan, device="cuda")
             first = gemm_configs.run_forced(a, b, out, config)
             reference.assert_gemm_close(first, a.values, b.values)
+            assert_same_each_time(functools.partial(run_config, a=a, b=b, config=config), first)
 
-            def run(
-                out: torch.Tensor,
-                a: Operand = a,
-                b: Operand = b,
-                config: tuple[int, bool, bool] = config,
-            ) -> None:
-                gemm_configs.run_forced(a, b, out, config)
 
-            assert_same_each_time(run, first)
+FULL_SIZE = [
+    (4096, 7168, 2048),
+    (4096, 2112, 7168),
+    (4096, 4096, 4096),
+    (2048, 7168, 2048),
+    (1024, 7168, 7168),
+    (4096, 576, 7168),
+    (512, 24576, 1536),
+    (300, 7168, 16384),
+    (64, 7168, 16384),
+    (16, 7168, 16384),
+]
+
+
+@pytest.mark.parametrize(("fmt_a", "fmt_b"), PAIRS)
+def test_every_configuration_at_full_size(fmt_a: str, fmt_b: str) -> None:
+    """Ten GEMMs a configuration, every element of every repeat: a stage given back too early shows
+    only so."""
+    for m, n, k in FULL_SIZE:
+        a, b = operands(m, n, k, fmt_a, fmt_b, 128, 128 if fmt_b == FP8 else 32)
+        for config in gemm_configs.legal_configs(fmt_a, fmt_b, k):
+            out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
+            first = gemm_configs.run_forced(a, b, out, config)
+            assert not first.isnan().any()
+            assert_same_each_time(functools.partial(run_config, a=a, b=b, config=config), first)
+
+
+def run_config(out: torch.Tensor, a: Operand, b: Operand, config: tuple[int, bool, bool]) -> None:
+    gemm_configs.run_forced(a, b, out, config)
 
 
 @pytest.mark.parametrize(("fmt_a", "fmt_b"), PAIRS)
