@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
   for (int it = 0; it < iterations; ++it) {
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);
+      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + 1);
       mma.set_b(b);
 #pragma unroll
-      for (int i = 0; i < MT; ++i) refresh(a[i], (it & 1) + step + i);
+      for (int i = 0; i < MT; ++i) refresh(a[i], (it & 1) + step + 1);
       typename Mma::FragA fragment[2];
       Mma::convert(fragment[0], a[0]);
 #pragma unroll
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads, 1) bf16_rate(int iterations, float* 
   for (int it = 0; it < iterations; ++it) {
     static_for<kSteps>([&](auto step) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + j);
+      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + 1);
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
-        refresh(a[i], (it & 1) + step + i);
+        refresh(a[i], (it & 1) + step + 1);
 #pragma unroll
         for (int j = 0; j < NT; ++j) mma_bf16(acc[i][j], a[i], b[j]);
       }
