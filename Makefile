@@ -62,7 +62,7 @@ wheel: $(STAMP)-build
 demo: build $(STAMP)-demo
 	$(PY) -m sm120_ops demo $(ARGS)
 
-test: build $(STAMP)-test
+test: build $(STAMP)-test $(STAMP)-demo
 	$(PY) -m pytest $(ARGS)
 
 bench: build

@@ -3,14 +3,11 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "host/math.h"
 #include "kernels/gemm.h"
 
 namespace sm120 {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 double element_bytes(OperandFormat f) {
   return f == OperandFormat::kMxfp4 ? 0.5 : 1.0;

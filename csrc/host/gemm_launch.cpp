@@ -4,14 +4,11 @@
 #include <atomic>
 #include <cstring>
 
+#include "host/math.h"
 #include "host/tensor_map.h"
 
 namespace sm120 {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 GemmInstance find_instance(OperandFormat rows, OperandFormat cols, int tile) {
   if (rows == OperandFormat::kMxfp8) return gemm_instance_fp8_fp8(tile);

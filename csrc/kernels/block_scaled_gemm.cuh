@@ -215,8 +215,8 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
     const int last = TileScheduler::owner(p, index * p.k_blocks + p.k_blocks - 1);
     if (first == last) continue;  // one CTA had all of K and stored it already
     float sum[1][T::NT][4] = {};
-    constexpr int kAtOnce =
-        4;  // CTAs whose parts are loaded together: latency, not bandwidth, counts
+    // CTAs whose parts are loaded together: latency counts here, not bandwidth.
+    constexpr int kAtOnce = 4;
     for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
       float4 part[kAtOnce][T::NT];
 #pragma unroll

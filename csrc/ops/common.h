@@ -21,6 +21,8 @@
 #include <tuple>
 #include <vector>
 
+#include "host/math.h"
+
 // Defined in libtorch_cuda. Weak, so that the library also loads under a CPU-only torch, where no
 // CUDA kernel is ever called.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -135,13 +137,6 @@ inline std::ostream& operator<<(std::ostream& os, Dtype d) {
 inline bool is_fp4_storage(ScalarType type) {
   return type == ScalarType::Byte || type == ScalarType::Char ||
          type == ScalarType::Float4_e2m1fn_x2;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t align_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) {
