@@ -173,7 +173,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     // Only a tile's last block can be the last of K, which may be partial.
     constexpr bool kPartial = kScales == ScaleRead::kFine && !more;
     const bool last = !more && block == p.k_blocks - 1;
-    const int byte = kScalePerBlock ? block % 4 : 0;
+    const int byte = kScalePerBlock ? block & 3 : 0;
     mma.template load_scales<kPartial ? ScaleRead::kAny : kScales>(
         ring.rows_scale() + 4 * warp_row + byte, ring.cols_scale() + 4 * warp_col + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
