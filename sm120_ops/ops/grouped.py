@@ -50,6 +50,18 @@ for _op, (_index, _options) in OPS.items():
     _tail = "".join(f", int {name}={default}" for name, default in _options.items())
     _lib.define(f"{_op}({_inputs}, ScalarType out_dtype{_tail}) -> Tensor", tags=TAGS)
     _lib.define(f"{_op}.out({_inputs}{_tail}, *, Tensor(a!) out) -> ()", tags=TAGS)
+# The kernel that an op would run, as JSON: pure host code in C++. m: rows of A, or of one group.
+_lib.define(
+    "_grouped_config(str op, int m, int n, int k, int groups, int alignment, int expected_m,"
+    " str format_a, str format_b, int gran_k_a, int gran_k_b, int num_sms, bool native,"
+    " int l2_bytes, int dram_gbps) -> str"
+)
+# An op's `out` form with a given tile (index into the compiled table) and orientation: for tests of
+# every configuration and for tuning.
+_lib.define(
+    "_grouped_forced(str op, Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor index,"
+    " int gran_k_a, int gran_k_b, int alignment, Tensor(a!) out, int tile, bool swapped) -> ()"
+)
 
 
 # ---- Checks --------------------------------------------------------------------------------------
