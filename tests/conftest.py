@@ -5,10 +5,15 @@ that the kernels support, on the GPU too. Tests marked `gpu` need that GPU and a
 from __future__ import annotations
 
 import functools
+import importlib.util
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
@@ -45,3 +50,19 @@ def no_cuda_error_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def toolchain() -> tuple[Path, Path]:
+    """nvcc and the CuTe headers, found as the build finds them."""
+    spec = importlib.util.spec_from_file_location("sm120_ops_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup_py = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_py)
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    try:
+        return setup_py.require_nvcc().path, setup_py.require_cutlass()
+    except SystemExit as missing:
+        pytest.skip(str(missing))

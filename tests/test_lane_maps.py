@@ -7,8 +7,6 @@ It takes the toolchain of the build: nvcc only drives the host compiler here, no
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,22 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "lane_map"
-
-
-@pytest.fixture(scope="module")
-def toolchain() -> tuple[Path, Path]:
-    """nvcc and the CuTe headers, found as the build finds them."""
-    spec = importlib.util.spec_from_file_location("sm120_ops_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    setup_py = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup_py)
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ on PATH")
-    try:
-        return setup_py.require_nvcc().path, setup_py.require_cutlass()
-    except SystemExit as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize("target", ["native", "emulated"])

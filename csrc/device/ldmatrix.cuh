@@ -1,4 +1,4 @@
-// Reads of swizzled shared-memory tiles. PTX ISA 9.7.14.5.16 "ldmatrix".
+// Access to shared memory, above all reads of swizzled tiles. PTX ISA 9.7.14.5.16 "ldmatrix".
 // Volatile, so that they keep their place between the waits and releases of the stage ring.
 #pragma once
 #include <cute/swizzle.hpp>
@@ -40,6 +40,20 @@ __device__ __forceinline__ uint32_t lds8(uint32_t address) {
 
 __device__ __forceinline__ void lds64(uint32_t& lo, uint32_t& hi, uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(lo), "=r"(hi) : "r"(address));
+}
+
+__device__ __forceinline__ int4 lds128(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ void sts128(uint32_t address, int4 v) {
+  asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 
 // Byte offset in a tile that TMA wrote with the swizzle of its row width: 16-byte chunks are

@@ -46,6 +46,59 @@ constexpr double kPartialBytesAUs = 4e6;  // split: their way through L2, writte
 constexpr double kDramShare = 0.75;       // of the nominal bandwidth, cold
 constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
 
+// Time of `tiles` tiles on c.grid CTAs. All operands have `bytes`, and that share of the GPU's SMs
+// loads them.
+void estimate(GemmConfig& c, const GemmShape& s, int64_t tiles, double bytes, double busy,
+              const GpuModel& gpu) {
+  const GemmTile& tile = kGemmTiles[c.tile];
+  const int64_t blocks = ceil_div(s.k, kBlockK);
+  // Compute: the busiest CTA's blocks, as waves of whole tiles or as an equal share of blocks.
+  const double flops = 2.0 * tile.rows * tile.cols * kBlockK;
+  const double tile_bytes = kBlockK * (tile.rows * element_bytes(c.swapped ? s.b : s.a) +
+                                       tile.cols * element_bytes(c.swapped ? s.a : s.b)) +
+                            4.0 * (tile.rows + tile.cols);
+  const double block_us =
+      std::max(flops / (peak_flops_a_us(s, gpu.native) * tile_efficiency(tile, s, gpu.native)),
+               tile_bytes / kL2BytesAUs);
+  const double busiest = c.split ? static_cast<double>(ceil_div(tiles * blocks, c.grid))
+                                 : static_cast<double>(ceil_div(tiles, c.grid) * blocks);
+  c.compute_us = busiest * block_us;
+
+  // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
+  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy));
+
+  const double area = static_cast<double>(tile.rows) * tile.cols;
+  c.tail_us = kLaunchUs + std::min(kColdTileUs, area / 8192 * 6) +
+              (ceil_div(tiles, c.grid) - 1) * area / 16384 * kTileStoreUs;
+  if (c.split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
+  c.total_us =
+      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
+}
+
+double operand_bytes(const GemmShape& s) {
+  return s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
+}
+
+// Tokens of a tile: as many as it has, or as a segment has.
+int64_t token_step(const GemmTile& tile, bool swapped, int64_t limit) {
+  const int64_t extent = swapped ? tile.cols : tile.rows;
+  return limit > 0 ? std::min(extent, limit) : extent;
+}
+
+int64_t weight_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
+  return ceil_div(s.one.n, swapped ? tile.rows : tile.cols);
+}
+
+// Upper bound of the tiles of all groups.
+double most_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
+  const int64_t step = token_step(tile, swapped, s.step);
+  const int64_t token_tiles =
+      std::min(s.most_groups * ceil_div(s.most_rows, step), s.most_groups + s.total_rows / step);
+  return static_cast<double>(token_tiles) * weight_tiles(tile, swapped, s);
+}
+
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
@@ -63,37 +116,13 @@ bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_s
 GemmConfig evaluate_gemm_config(int index, bool swapped, bool split, const GemmShape& s,
                                 const GpuModel& gpu) {
   const GemmTile& tile = kGemmTiles[index];
-  const int64_t row_tiles = ceil_div(swapped ? s.n : s.m, tile.rows);
-  const int64_t col_tiles = ceil_div(swapped ? s.m : s.n, tile.cols);
-  const int64_t tiles = row_tiles * col_tiles, blocks = ceil_div(s.k, kBlockK);
+  const int64_t tiles =
+      ceil_div(swapped ? s.n : s.m, tile.rows) * ceil_div(swapped ? s.m : s.n, tile.cols);
   GemmConfig c{index, swapped, split, 0, 0, 0, 0, 0};
-  c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
-
-  // Compute: the busiest CTA's blocks, as waves of whole tiles or as an equal share of blocks.
-  const double flops = 2.0 * tile.rows * tile.cols * kBlockK;
-  const double tile_bytes = kBlockK * (tile.rows * element_bytes(swapped ? s.b : s.a) +
-                                       tile.cols * element_bytes(swapped ? s.a : s.b)) +
-                            4.0 * (tile.rows + tile.cols);
-  const double block_us =
-      std::max(flops / (peak_flops_a_us(s, gpu.native) * tile_efficiency(tile, s, gpu.native)),
-               tile_bytes / kL2BytesAUs);
-  const double busiest = split ? static_cast<double>(ceil_div(tiles * blocks, c.grid))
-                               : static_cast<double>(ceil_div(tiles, c.grid) * blocks);
-  c.compute_us = busiest * block_us;
-
-  // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
-  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
-  const double bytes =
-      s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
-  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms));
-
-  const double area = static_cast<double>(tile.rows) * tile.cols;
-  c.tail_us = kLaunchUs + std::min(kColdTileUs, area / 8192 * 6) +
-              (ceil_div(tiles, c.grid) - 1) * area / 16384 * kTileStoreUs;
-  if (split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
-  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
-  c.total_us =
-      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
+  c.grid = static_cast<int>(
+      std::min<int64_t>(gpu.num_sms, split ? tiles * ceil_div(s.k, kBlockK) : tiles));
+  const double busy = static_cast<double>(c.grid) / gpu.num_sms;
+  estimate(c, s, tiles, operand_bytes(s), busy, gpu);
   return c;
 }
 
@@ -110,6 +139,40 @@ GemmConfig choose_gemm_config(const GemmShape& s, const GpuModel& gpu) {
         if (!found || c.total_us < 0.98 * best.total_us) best = c;
         found = true;
       }
+    }
+  }
+  return best;
+}
+
+bool is_legal_grouped(int index, bool swapped, const GroupedShape& s) {
+  // The kernel counts tiles in 32 bits.
+  return most_tiles(kGemmTiles[index], swapped, s) < (1ll << 31) - (1 << 16) &&
+         is_legal(index, swapped, false, s.one, 0);
+}
+
+GemmConfig evaluate_grouped_config(int index, bool swapped, const GroupedShape& s,
+                                   const GpuModel& gpu) {
+  const GemmTile& tile = kGemmTiles[index];
+  const int64_t tiles = s.groups * ceil_div(s.one.m, token_step(tile, swapped, s.step)) *
+                        weight_tiles(tile, swapped, s);
+  GemmConfig c{index, swapped, false, 0, 0, 0, 0, 0};
+  c.grid = static_cast<int>(std::min<double>(gpu.num_sms, most_tiles(tile, swapped, s)));
+  // In the last wave some SMs have nothing to load.
+  const double busy =
+      static_cast<double>(tiles) / static_cast<double>(ceil_div(tiles, c.grid) * gpu.num_sms);
+  estimate(c, s.one, tiles, s.groups * operand_bytes(s.one), busy, gpu);
+  return c;
+}
+
+GemmConfig choose_grouped_config(const GroupedShape& s, const GpuModel& gpu) {
+  GemmConfig best{};
+  bool found = false;
+  for (int tile = 0; tile < kNumGemmTiles; ++tile) {
+    for (const bool swapped : {false, true}) {
+      if (!is_legal_grouped(tile, swapped, s)) continue;
+      const GemmConfig c = evaluate_grouped_config(tile, swapped, s, gpu);
+      if (!found || c.total_us < 0.98 * best.total_us) best = c;
+      found = true;
     }
   }
   return best;

@@ -43,6 +43,16 @@ struct GemmShape {
   int gran_k_a, gran_k_b;
 };
 
+// Grouped tokens: what the choice of a configuration knows of them. The true numbers are on the
+// device; a wrong guess costs time only.
+struct GroupedShape {
+  GemmShape one;   // of a group; m: rows that a group with rows is expected to have, at least 1
+  int64_t groups;  // groups expected to have rows, at least 1
+  int64_t step;    // most rows a tile can serve: the alignment of segments; 0 for no limit
+  // Upper bounds: groups (or segments), rows of one, rows of all
+  int64_t most_groups, most_rows, total_rows;
+};
+
 struct GpuModel {
   int num_sms;
   bool native;  // block-scaled MMA in hardware (12.x), else emulated (9.0)
@@ -72,5 +82,12 @@ GemmConfig evaluate_gemm_config(int tile, bool swapped, bool split, const GemmSh
 
 // The cheapest legal configuration by the cost model; needs m, n > 0.
 GemmConfig choose_gemm_config(const GemmShape& shape, const GpuModel& gpu);
+
+// Grouped tokens: is this tile legal in this orientation; the estimate; the cheapest one. The split
+// schedule is for single products. Needs n > 0.
+bool is_legal_grouped(int tile, bool swapped, const GroupedShape& shape);
+GemmConfig evaluate_grouped_config(int tile, bool swapped, const GroupedShape& shape,
+                                   const GpuModel& gpu);
+GemmConfig choose_grouped_config(const GroupedShape& shape, const GpuModel& gpu);
 
 }  // namespace sm120

@@ -1,5 +1,6 @@
 #include "host/gemm_launch.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -17,11 +18,13 @@ GemmInstance find_instance(OperandFormat rows, OperandFormat cols, int tile) {
 
 CUtensorMap data_map(const GemmOperand& x, int64_t k, int box_rows, int box_bytes) {
   const int64_t row_bytes = x.format == OperandFormat::kMxfp4 ? k / 2 : k;
-  return operand_map(x.data, x.rows, row_bytes, x.stride, box_rows, box_bytes);
+  return operand_map(x.data, x.groups, x.rows, row_bytes, x.groups > 1 ? x.group_stride : 16,
+                     x.stride, box_rows, box_bytes);
 }
 
 CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows) {
-  return scale_map(x.scale, x.rows, ceil_div(k, 4 * x.gran_k), x.scale_stride, box_rows);
+  return scale_map(x.scale, x.groups, x.rows, ceil_div(k, 4 * x.gran_k),
+                   x.groups > 1 ? x.scale_group_stride : 4, x.scale_stride, box_rows);
 }
 
 // Allows the kernel its dynamic shared memory, once a kernel and device.
@@ -50,10 +53,11 @@ int64_t gemm_workspace_bytes(const GemmConfig& config) {
   return 2ll * config.grid * tile.rows * tile.cols * 4;
 }
 
-cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const GemmOperand& b,
-                        int64_t k, const GemmOutput& out, void* workspace, cudaStream_t stream) {
-  const GemmOperand& rows = config.swapped ? b : a;
-  const GemmOperand& cols = config.swapped ? a : b;
+cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, void* workspace,
+                        cudaStream_t stream) {
+  const GemmOperand& rows = config.swapped ? problem.b : problem.a;
+  const GemmOperand& cols = config.swapped ? problem.a : problem.b;
+  const int64_t k = problem.k;
   const GemmTile& tile = kGemmTiles[config.tile];
   const GemmInstance instance = find_instance(rows.format, cols.format, config.tile);
   const cudaError_t error =
@@ -68,7 +72,12 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const Ge
     p.rows_scale = scales_map(rows, k, tile.rows);
     p.cols_scale = scales_map(cols, k, tile.cols);
   }
-  p.out = out;
+  p.out = problem.out;
+  p.groups = problem.groups;
+  p.groups.step = config.swapped ? tile.cols : tile.rows;
+  if (problem.schedule == Schedule::kSegments) {
+    p.groups.step = std::min(p.groups.step, p.groups.alignment);
+  }
   p.workspace = static_cast<float*>(workspace);
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
@@ -78,8 +87,10 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmOperand& a, const Ge
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
   if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  p.rows_grouped = rows.groups > 1;
+  p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
-  p.split = config.split;
+  p.schedule = config.split ? Schedule::kSplit : problem.schedule;
 
   // A split launch has a grid barrier, so all its CTAs must run at once: cooperative. Any other may
   // be set up while the kernel before it finishes (it waits for it before it touches memory).

@@ -1,9 +1,9 @@
 // The block-scaled GEMM, one kernel for every format pair, granularity, orientation and split.
 //
-// A persistent CTA of 12 warps: one thread of the last four copies operand and scale tiles by TMA
-// into a ring of stages, eight warps multiply and store. A stage is one K-block: rows
-// [block_rows, 128] and cols [block_cols, 128], K-major and swizzled, and a packed scale word a
-// row.
+// A persistent CTA of 12 warps. Of the last four, one decides which tiles are next and puts them in
+// a short queue, and one copies their operands and scales by TMA into a ring of stages; the first
+// eight multiply and store. A stage is one K-block: rows [block_rows, 128] and cols
+// [block_cols, 128], K-major and swizzled, and a packed scale word a row.
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
@@ -16,6 +16,7 @@ namespace sm120 {
 
 inline constexpr int kMathWarps = 8;
 inline constexpr int kMathThreads = kMathWarps * kWarpSize;
+inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
 
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown>
 struct GemmTraits {
@@ -25,6 +26,7 @@ struct GemmTraits {
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
+  //                    | tile queue: tiles | full | empty
   static constexpr int kRowsRowBytes = kBlockK / (kRowsFormat == Format::kFp4 ? 2 : 1);
   static constexpr int kColsRowBytes = kBlockK / (kColsFormat == Format::kFp4 ? 2 : 1);
   static constexpr int kRowsBytes = kRows * kRowsRowBytes, kColsBytes = kCols * kColsRowBytes;
@@ -35,7 +37,7 @@ struct GemmTraits {
   // the limit by 48 bytes. See produce().
   static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
-    return stages * (kRowsBytes + kColsBytes + 16) +
+    return stages * (kRowsBytes + kColsBytes + 16) + kTileSlots * (kTileBytes + 16) +
            scale_slots(stages) * align128(kRowsScaleBytes) +
            scale_slots(stages) * align128(kColsScaleBytes);
   }
@@ -49,8 +51,12 @@ struct GemmTraits {
   static constexpr int kColsScaleAt = kRowsScaleAt + kScaleSlots * align128(kRowsScaleBytes);
   static constexpr int kFullAt = kColsScaleAt + kScaleSlots * align128(kColsScaleBytes);
   static constexpr int kEmptyAt = kFullAt + 8 * kStages;
-  static constexpr int kSmemBytes = kEmptyAt + 8 * kStages;
+  static constexpr int kTilesAt = kEmptyAt + 8 * kStages;
+  static constexpr int kTileFullAt = kTilesAt + kTileSlots * kTileBytes;
+  static constexpr int kTileEmptyAt = kTileFullAt + 8 * kTileSlots;
+  static constexpr int kSmemBytes = kTileEmptyAt + 8 * kTileSlots;
 
+  static_assert(kTilesAt % 16 == 0 && kTileBytes % 16 == 0);
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2);
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
   static_assert(MT >= 1 && NT >= 1 && kRows % (16 * kWarpsDown) == 0);
@@ -77,36 +83,82 @@ struct Ring {
   __device__ uint32_t empty() const { return base + Traits::kEmptyAt + 8 * data.stage; }
 };
 
+// Position of one role in the queue of tiles, which one warp fills and nine read: the copying one
+// and those that multiply.
+template <class Traits>
+struct TileQueue {
+  RingState<kTileSlots> slot;
+  uint32_t base;
+
+  __device__ uint32_t full() const { return base + Traits::kTileFullAt + 8 * slot.stage; }
+  __device__ uint32_t empty() const { return base + Traits::kTileEmptyAt + 8 * slot.stage; }
+  __device__ uint32_t tile() const { return base + Traits::kTilesAt + kTileBytes * slot.stage; }
+
+  __device__ void write(const Tile& t) const {
+    sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
+    sts128(tile() + 16, make_int4(t.k_begin, t.k_end, t.group, t.partial));
+  }
+  __device__ Tile read() const {
+    const int4 place = lds128(tile()), work = lds128(tile() + 16);
+    return {place.x, place.y, place.z, place.w, work.x, work.y, work.z, work.w};
+  }
+};
+
+// Scheduler: one warp, ahead of the others as far as the queue allows.
+template <class T>
+__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
+  TileScheduler<T> scheduler(p);
+  Tile tile;
+  do {
+    tile = scheduler.next();
+    if (lane_id() == 0) {
+      mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
+      queue.write(tile);
+      mbarrier_arrive(queue.full());
+    }
+    queue.slot.advance();
+  } while (tile.group >= 0);
+}
+
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
 template <class T>
-__device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring) {
-  tma_prefetch_map(&p.rows);
-  tma_prefetch_map(&p.cols);
-  tma_prefetch_map(&p.rows_scale);
-  tma_prefetch_map(&p.cols_scale);
+__device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQueue<T> queue) {
+  if (p.k_blocks > 0) {  // else there are no maps
+    tma_prefetch_map(&p.rows);
+    tma_prefetch_map(&p.cols);
+    tma_prefetch_map(&p.rows_scale);
+    tma_prefetch_map(&p.cols_scale);
+  }
   // Scales trail data by one block: the slot of block x - 1 is free when the stage of block x is,
   // because the ring has one slot fewer than stages.
-  TileScheduler scheduler(p);
   uint32_t scale_bar = 0;  // full barrier of the block whose scales are still to be copied
-  int scale_row = 0, scale_col = 0, scale_block = 0;
+  int scale_row = 0, scale_col = 0, scale_group = 0, scale_block = 0;
   const auto copy_scales = [&] {
-    tma_load_2d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
-                p.rows_gran.per_block ? scale_block / 4 : scale_block);
-    tma_load_2d(ring.cols_scale(), &p.cols_scale, scale_bar, scale_col,
-                p.cols_gran.per_block ? scale_block / 4 : scale_block);
+    tma_load_3d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
+                p.rows_gran.per_block ? scale_block / 4 : scale_block,
+                p.rows_grouped ? scale_group : 0);
+    tma_load_3d(ring.cols_scale(), &p.cols_scale, scale_bar, scale_col,
+                p.cols_gran.per_block ? scale_block / 4 : scale_block,
+                p.cols_grouped ? scale_group : 0);
     ring.scale.advance();
   };
-  for (Tile tile; scheduler.next(tile);) {
-    const int row = tile.row * T::kBlockRows, col = tile.col * T::kBlockCols;
+  for (;; queue.slot.advance()) {
+    mbarrier_wait(queue.full(), queue.slot.parity);
+    const Tile tile = queue.read();
+    if (tile.group < 0) break;
     for (int block = tile.k_begin; block < tile.k_end; ++block) {
       mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
       if (scale_bar) copy_scales();
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
-      tma_load_2d(ring.rows(), &p.rows, ring.full(), block * T::kRowsRowBytes, row);
-      tma_load_2d(ring.cols(), &p.cols, ring.full(), block * T::kColsRowBytes, col);
-      scale_bar = ring.full(), scale_row = row, scale_col = col, scale_block = block;
+      tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsRowBytes, tile.row,
+                  p.rows_grouped ? tile.group : 0);
+      tma_load_3d(ring.cols(), &p.cols, ring.full(), block * T::kColsRowBytes, tile.col,
+                  p.cols_grouped ? tile.group : 0);
+      scale_bar = ring.full(), scale_row = tile.row, scale_col = tile.col;
+      scale_group = tile.group, scale_block = block;
       ring.data.advance();
     }
+    mbarrier_arrive(queue.empty());
   }
   if (scale_bar) {
     mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
@@ -211,8 +263,8 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
   const int slices = p.row_tiles * p.col_tiles * T::MT;
   for (int slice = blockIdx.x; slice < slices; slice += gridDim.x) {
     const int index = slice / T::MT, i = slice % T::MT;
-    const int first = TileScheduler::owner(p, index * p.k_blocks);
-    const int last = TileScheduler::owner(p, index * p.k_blocks + p.k_blocks - 1);
+    const int first = TileScheduler<T>::owner(p, index * p.k_blocks);
+    const int last = TileScheduler<T>::owner(p, index * p.k_blocks + p.k_blocks - 1);
     if (first == last) continue;  // one CTA had all of K and stored it already
     float sum[1][T::NT][4] = {};
     // CTAs whose parts are loaded together: latency counts here, not bandwidth.
@@ -222,7 +274,7 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
 #pragma unroll
       for (int c = 0; c < kAtOnce; ++c) {
         const int cta = min(cta0 + c, last);
-        const int slot = TileScheduler::slot_of(p, cta, index);
+        const int slot = TileScheduler<T>::slot_of(p, cta, index);
 #pragma unroll
         for (int j = 0; j < T::NT; ++j) {
           part[c][j] = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
@@ -238,10 +290,8 @@ __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_ro
         }
       }
     }
-    Tile tile;
-    TileScheduler::place(p, index, tile);
-    store_fragments<T::Mma::kAccessB>(p, sum, tile.row * T::kBlockRows + warp_row + 16 * i,
-                                      tile.col * T::kBlockCols + warp_col);
+    const Tile tile = TileScheduler<T>::whole_tile(p, index);
+    store_fragments<T::Mma::kAccessB>(p, tile, sum, warp_row + 16 * i, warp_col);
   }
 }
 
@@ -250,11 +300,16 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     block_scaled_gemm(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Ring<T> ring;
-  ring.base = opaque(smem_address(smem));
+  TileQueue<T> queue;
+  ring.base = queue.base = opaque(smem_address(smem));
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
       mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
+    }
+    for (int s = 0; s < kTileSlots; ++s) {
+      mbarrier_init(ring.base + T::kTileFullAt + 8 * s, 1);
+      mbarrier_init(ring.base + T::kTileEmptyAt + 8 * s, kMathWarps + 1);
     }
     mbarrier_init_fence();
   }
@@ -264,16 +319,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<40>();
-    if (threadIdx.x == kMathThreads && p.k_blocks > 0) produce<T>(p, ring);
-    if (p.split) grid_barrier();
+    if (warp == kMathWarps) schedule<T>(p, queue);
+    if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
+    if (p.schedule == Schedule::kSplit) grid_barrier();
     return;
   }
 
   grow_registers<232>();
   const int warp_row = warp / T::kWarpsAcross * T::MT * 16;
   const int warp_col = warp % T::kWarpsAcross * T::NT * 8;
-  TileScheduler scheduler(p);
-  for (Tile tile; scheduler.next(tile);) {
+  for (;; queue.slot.advance()) {
+    mbarrier_wait(queue.full(), queue.slot.parity);
+    Tile tile = queue.read();
+    if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     if (p.rows_gran.per_block && p.cols_gran.per_block) {
       accumulate<T, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col);
@@ -282,9 +340,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     } else {  // measured: the emulation loses 5 % with kFine
       accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col);
     }
+    tile = queue.read();  // again, rather than in registers all the while
     if (tile.partial < 0) {
-      store_fragments<T::Mma::kAccessB>(p, acc, tile.row * T::kBlockRows + warp_row,
-                                        tile.col * T::kBlockCols + warp_col);
+      store_fragments<T::Mma::kAccessB>(p, tile, acc, warp_row, warp_col);
     } else {
 #pragma unroll
       for (int f = 0; f < T::MT * T::NT; ++f) {
@@ -292,8 +350,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
         *partial_fragment<T>(p, blockIdx.x, tile.partial, f) = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
+    __syncwarp();
+    if (lane_id() == 0) mbarrier_arrive(queue.empty());  // what was read has been used by now
   }
-  if (p.split) {
+  if (p.schedule == Schedule::kSplit) {
     grid_barrier();
     reduce_partials<T>(p, warp_row, warp_col);
   }

@@ -15,6 +15,23 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
 
+// Where a tile's sums go: its group's matrices in D and C, and where the product's rows and columns
+// end.
+struct Store {
+  const GemmOutput& out;
+  bool swapped;
+  int row_end, col_end;
+  int64_t d_group, c_group;  // elements
+
+  __device__ Store(const GemmParams& p, const Tile& tile)
+      : out(p.out),
+        swapped(p.swapped),
+        row_end(tile.row_end),
+        col_end(tile.col_end),
+        d_group(tile.group * p.out.d_group_stride),
+        c_group(tile.group * p.out.c_group_stride) {}
+};
+
 __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
   if (out.period == 0) return n;
   const int head = n / out.period;
@@ -24,9 +41,9 @@ __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
 
 // Element by element, for any alignment, edge and orientation. (row, col) in the MMA's product.
 template <Access kColAccess, class TOut, int MT, int NT>
-__device__ __forceinline__ void store_elements(const GemmParams& p, const float (&acc)[MT][NT][4],
+__device__ __forceinline__ void store_elements(const Store& to, const float (&acc)[MT][NT][4],
                                                int row, int col) {
-  const GemmOutput& out = p.out;
+  const GemmOutput& out = to.out;
   const int g = lane_id() / 4, t = lane_id() % 4;
   int64_t d_col[NT][2], c_col[NT][2];  // element offsets of this lane's columns
 #pragma unroll
@@ -34,8 +51,8 @@ __device__ __forceinline__ void store_elements(const GemmParams& p, const float 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int n = col + 8 * j + fragment_column<kColAccess>(2 * t + e);
-      d_col[j][e] = p.swapped ? n * out.d_stride : output_column(out, n);
-      c_col[j][e] = p.swapped ? n * out.c_stride : d_col[j][e];
+      d_col[j][e] = to.swapped ? n * out.d_stride : output_column(out, n);
+      c_col[j][e] = to.swapped ? n * out.c_stride : d_col[j][e];
     }
   }
 #pragma unroll
@@ -43,14 +60,15 @@ __device__ __forceinline__ void store_elements(const GemmParams& p, const float 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = row + 16 * i + 8 * h + g;
-      if (m >= p.num_rows) continue;
-      const int64_t d_row = p.swapped ? output_column(out, m) : m * out.d_stride;
-      const int64_t c_row = p.swapped ? d_row : m * out.c_stride;
+      if (m >= to.row_end) continue;
+      const int64_t row_at = to.swapped ? output_column(out, m) : 0;
+      const int64_t d_row = to.d_group + (to.swapped ? row_at : m * out.d_stride);
+      const int64_t c_row = to.c_group + (to.swapped ? row_at : m * out.c_stride);
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (col + 8 * j + fragment_column<kColAccess>(2 * t + e) >= p.num_cols) continue;
+          if (col + 8 * j + fragment_column<kColAccess>(2 * t + e) >= to.col_end) continue;
           float value = acc[i][j][2 * h + e];
           if (out.c) value += to_float(static_cast<const TOut*>(out.c)[c_row + c_col[j][e]]);
           static_cast<TOut*>(out.d)[d_row + d_col[j][e]] = TOut(value);
@@ -63,9 +81,9 @@ __device__ __forceinline__ void store_elements(const GemmParams& p, const float 
 // 16-byte stores for whole, aligned tiles: each lane brings two columns of four fragments and, for
 // bf16, takes one whole fragment away; fp32 pairs fill 32-byte sectors as they are.
 template <class TOut, int MT, int NT>
-__device__ __forceinline__ void store_vectors(const GemmParams& p, const float (&acc)[MT][NT][4],
+__device__ __forceinline__ void store_vectors(const Store& to, const float (&acc)[MT][NT][4],
                                               int row, int col) {
-  const GemmOutput& out = p.out;
+  const GemmOutput& out = to.out;
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int j0 = 0; j0 < NT; j0 += 4) {
@@ -78,17 +96,18 @@ __device__ __forceinline__ void store_vectors(const GemmParams& p, const float (
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int m = row + 16 * i + 8 * h + g;
-        const bool valid = m < p.num_rows;
+        const bool valid = m < to.row_end;
         float2 v[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           v[j] = {acc[i][j0 + j][2 * h], acc[i][j0 + j][2 * h + 1]};
           if (out.c && valid) {
-            const TOut* c = static_cast<const TOut*>(out.c) + m * out.c_stride + pair_col[j];
+            const TOut* c =
+                static_cast<const TOut*>(out.c) + to.c_group + m * out.c_stride + pair_col[j];
             v[j].x += to_float(c[0]), v[j].y += to_float(c[1]);
           }
         }
-        TOut* d = static_cast<TOut*>(out.d) + m * out.d_stride;
+        TOut* d = static_cast<TOut*>(out.d) + to.d_group + m * out.d_stride;
         if constexpr (sizeof(TOut) == 4) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -114,10 +133,10 @@ __device__ __forceinline__ void store_vectors(const GemmParams& p, const float (
 
 // The same for a swapped product and bf16: 8x8 blocks are transposed, then four of them gathered.
 template <Access kColAccess, int MT, int NT>
-__device__ __forceinline__ void store_vectors_swapped(const GemmParams& p,
+__device__ __forceinline__ void store_vectors_swapped(const Store& to,
                                                       const float (&acc)[MT][NT][4], int row,
                                                       int col) {
-  const GemmOutput& out = p.out;
+  const GemmOutput& out = to.out;
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int i0 = 0; i0 < MT; i0 += 2) {  // 32 rows of the product: 32 columns of D
@@ -132,44 +151,46 @@ __device__ __forceinline__ void store_vectors_swapped(const GemmParams& p,
       for (int x = 0; x < 4; ++x) {
         float2 v = {acc[i0 + x / 2][j][x % 2 * 2], acc[i0 + x / 2][j][x % 2 * 2 + 1]};
         if (out.c) {
-          const auto* c = static_cast<const __nv_bfloat16*>(out.c) + c_col[x];
+          const auto* c = static_cast<const __nv_bfloat16*>(out.c) + to.c_group + c_col[x];
           const int m = col + 8 * j, m0 = m + fragment_column<kColAccess>(2 * t);
           const int m1 = m + fragment_column<kColAccess>(2 * t + 1);
-          if (m0 < p.num_cols) v.x += to_float(c[m0 * out.c_stride]);
-          if (m1 < p.num_cols) v.y += to_float(c[m1 * out.c_stride]);
+          if (m0 < to.col_end) v.x += to_float(c[m0 * out.c_stride]);
+          if (m1 < to.col_end) v.y += to_float(c[m1 * out.c_stride]);
         }
         const __nv_bfloat162 pair = __floats2bfloat162_rn(v.x, v.y);
         packed[x] = transpose_8x8(reinterpret_cast<const uint32_t&>(pair));
       }
       quad_transpose(packed, t);
       const int m = col + 8 * j + fragment_column<kColAccess>(g);
-      if (m < p.num_cols) {
-        auto* d = static_cast<__nv_bfloat16*>(out.d) + m * out.d_stride + vector_col;
+      if (m < to.col_end) {
+        auto* d = static_cast<__nv_bfloat16*>(out.d) + to.d_group + m * out.d_stride + vector_col;
         *reinterpret_cast<uint4*>(d) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
   }
 }
 
-// A warp's fragments, at (row, col) of the product the MMA computed.
+// A warp's fragments, (row, col) from the tile's corner.
 template <Access kColAccess, int MT, int NT>
-__device__ __forceinline__ void store_fragments(const GemmParams& p, const float (&acc)[MT][NT][4],
-                                                int row, int col) {
+__device__ __forceinline__ void store_fragments(const GemmParams& p, const Tile& tile,
+                                                const float (&acc)[MT][NT][4], int row, int col) {
+  const Store to(p, tile);
+  row += tile.row, col += tile.col;
   if constexpr (MT % 2 == 0) {
-    if (p.out.vector && p.swapped && !p.out.fp32 && row + 16 * MT <= p.num_rows) {
-      return store_vectors_swapped<kColAccess>(p, acc, row, col);
+    if (to.out.vector && to.swapped && !to.out.fp32 && row + 16 * MT <= to.row_end) {
+      return store_vectors_swapped<kColAccess>(to, acc, row, col);
     }
   }
   if constexpr (NT % 4 == 0 && kColAccess == Access::kPlain) {
-    if (p.out.vector && !p.swapped && col + 8 * NT <= p.num_cols) {
-      return p.out.fp32 ? store_vectors<float>(p, acc, row, col)
-                        : store_vectors<__nv_bfloat16>(p, acc, row, col);
+    if (to.out.vector && !to.swapped && col + 8 * NT <= to.col_end) {
+      return to.out.fp32 ? store_vectors<float>(to, acc, row, col)
+                         : store_vectors<__nv_bfloat16>(to, acc, row, col);
     }
   }
-  if (p.out.fp32) {
-    store_elements<kColAccess, float>(p, acc, row, col);
+  if (to.out.fp32) {
+    store_elements<kColAccess, float>(to, acc, row, col);
   } else {
-    store_elements<kColAccess, __nv_bfloat16>(p, acc, row, col);
+    store_elements<kColAccess, __nv_bfloat16>(to, acc, row, col);
   }
 }
 

@@ -1,4 +1,5 @@
-// The block-scaled GEMM as the host sees it: D[m, n] = (C[m, n] +) sum_k A[m, k] * B[n, k].
+// The block-scaled GEMM as the host sees it: D[m, n] = (C[m, n] +) sum_k A[m, k] * B[n, k], for one
+// pair of matrices or for groups of them.
 //
 // "Rows" is the operand on the MMA's 16-row axis, "cols" the one on its 8-column axis. Normally
 // rows = A and cols = B; with `swapped` rows = B (weights) and cols = A (tokens), and the product's
@@ -15,11 +16,12 @@ namespace sm120 {
 // Where products go. Column n of the product lies at column n of D, or, with a head split, at
 // column n + (n / period) * mid + (n % period >= left ? mid : 0).
 struct GemmOutput {
-  void* d;           // [M, N'] bf16 or fp32
-  const void* c;     // nullptr, or [M, N'] of D's type, added before rounding
+  void* d;           // [M, N'] bf16 or fp32; a group's matrix starts at group * d_group_stride
+  const void* c;     // nullptr, or [M, N'] of D's type, added before rounding; likewise
   int64_t d_stride;  // elements between rows
   int64_t c_stride;
-  int32_t left, period, mid;  // head split; period 0 = none
+  int64_t d_group_stride, c_group_stride;  // elements between matrices; 0 where there is one
+  int32_t left, period, mid;               // head split; period 0 = none
   bool fp32;
   bool vector;  // product columns 8i .. 8i+7 are adjacent in D and 16-byte aligned
 };
@@ -42,19 +44,51 @@ struct ScaleGran {
   }
 };
 
+// How the work is cut into tiles, see kernels/tile_scheduler.cuh. All but the first two read at run
+// time which groups have what.
+enum class Schedule : int32_t {
+  kTiles,     // one product, whole tiles
+  kSplit,     // one product, contiguous ranges of K-blocks, one a CTA, then a reduction
+  kBlocks,    // grouped K: index[G] is where each group's K-blocks end
+  kSegments,  // grouped tokens: index[M] is the expert of each row, in segments of `alignment` rows
+  kEnds,      // grouped tokens: index[G] is where each group ends, starts are aligned
+  kCounts,    // grouped tokens, a matrix a group: index[G] is the number of its valid rows
+};
+
+// Groups of a grouped product. "Tokens" are the operand whose rows the groups divide, "weights" the
+// other one, which has a matrix for each group.
+struct GemmGroups {
+  const int32_t* index;  // as `Schedule` says
+  int32_t count;         // G
+  int32_t tokens;        // rows of the token matrix, or of each one
+  int32_t alignment;     // kSegments, kEnds: rows a group's start is a multiple of
+  int32_t step;          // tokens of a tile: the tile's extent, or the alignment if less
+};
+
 struct GemmParams {
-  CUtensorMap rows;        // bytes [rows, K], box [block_rows, stage bytes], swizzled
-  CUtensorMap cols;        // bytes [cols, K]
-  CUtensorMap rows_scale;  // int32 [words, rows], box [1, block_rows]
-  CUtensorMap cols_scale;  // int32 [words, cols]
+  CUtensorMap rows;        // bytes [groups, rows, K], box [block_rows, stage bytes], swizzled
+  CUtensorMap cols;        // bytes [groups, cols, K]
+  CUtensorMap rows_scale;  // int32 [groups, words, rows], box [1, block_rows]
+  CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
-  float* workspace;  // split only: [2 * grid, block_rows * block_cols] partial sums
-  int32_t num_rows, num_cols;
+  GemmGroups groups;
+  float* workspace;            // kSplit: [2 * grid, block_rows * block_cols] partial sums
+  int32_t num_rows, num_cols;  // of one matrix
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
-  uint32_t total_blocks;  // split only: row_tiles * col_tiles * k_blocks
+  uint32_t total_blocks;            // kSplit: row_tiles * col_tiles * k_blocks
+  bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
-  bool split;  // contiguous ranges of K-blocks, one a CTA, then a reduction
+  Schedule schedule;
+};
+
+// A tile, as it goes from the warp that schedules to those that copy and multiply.
+struct Tile {
+  int32_t row, col;          // of the product: where the tile begins, in elements
+  int32_t row_end, col_end;  // where the rows and columns to be stored end
+  int32_t k_begin, k_end;    // K-blocks
+  int32_t group;             // matrix of grouped operands and of D; negative: there is no tile
+  int32_t partial;           // workspace slot of the CTA (0, 1) if it holds part of K, else -1
 };
 
 using GemmKernel = void (*)(GemmParams);

@@ -1,54 +1,41 @@
-// Which tiles a CTA computes, in which order. Producer and math warps each run their own copy.
+// Which tiles a CTA computes, in which order. The producer warp alone runs it, and hands each tile
+// to the math warps through shared memory.
 #pragma once
-#include "kernels/gemm.h"
+#include "kernels/group_scan.cuh"
 
 namespace sm120 {
 
-struct Tile {
-  int row, col;        // tile coordinates
-  int k_begin, k_end;  // K-blocks
-  int partial;         // workspace slot of this CTA (0, 1) if it holds part of K, else -1
-};
+inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1};
 
-// Whole tiles round-robin over a persistent grid; or, for few tiles with long K (split), the
-// K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges, so that a tile may be
-// shared by neighbouring CTAs.
+// One product: whole tiles round-robin over a persistent grid; or, for few tiles with long K
+// (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges, so that
+// a tile may be shared by neighbouring CTAs. Groups: round-robin over the tiles that have work.
+template <class T>
 class TileScheduler {
  public:
-  __device__ explicit TileScheduler(const GemmParams& p) : p_(p), next_(blockIdx.x) {
-    if (p.split) {
+  __device__ explicit TileScheduler(const GemmParams& p) : p_(p), scan_(p), next_(blockIdx.x) {
+    if (p.schedule == Schedule::kSplit) {
       next_ = range_begin(p, blockIdx.x);
       end_ = range_begin(p, blockIdx.x + 1);
     }
   }
 
-  __device__ __forceinline__ bool next(Tile& tile) {
-    if (!p_.split) {
-      if (next_ >= p_.row_tiles * p_.col_tiles) return false;
-      place(p_, next_, tile);
-      tile.k_begin = 0, tile.k_end = p_.k_blocks, tile.partial = -1;
-      next_ += gridDim.x;
-      return true;
-    }
-    if (next_ >= end_) return false;
-    const int index = next_ / p_.k_blocks;
-    place(p_, index, tile);
-    tile.k_begin = next_ - index * p_.k_blocks;
-    tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
-    const bool whole = tile.k_begin == 0 && tile.k_end == p_.k_blocks;
-    tile.partial = whole ? -1 : slot_of(p_, blockIdx.x, index);
-    next_ += tile.k_end - tile.k_begin;
-    return true;
+  // The next tile, or kNoTile. All lanes of the warp must call it, and get the same.
+  __device__ __forceinline__ Tile next() {
+    if (p_.schedule >= Schedule::kSegments) return next_of_tokens();
+    if (p_.schedule == Schedule::kBlocks) return next_of_blocks();
+    return p_.schedule == Schedule::kSplit ? next_range() : next_whole();
   }
 
-  // Tile index -> coordinates: column by column within bands of kBand tile rows, so that CTAs
-  // running at the same time share operand tiles in L2.
-  static __device__ __forceinline__ void place(const GemmParams& p, int index, Tile& tile) {
-    const int band = index / (kBand * p.col_tiles);
-    const int height = min(kBand, p.row_tiles - band * kBand);
-    const int inside = index - band * kBand * p.col_tiles;
-    tile.row = band * kBand + inside % height;
-    tile.col = inside / height;
+  // Tile of a product, with all of K.
+  static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
+    Tile tile;
+    place(index, p.row_tiles, p.col_tiles, tile.row, tile.col);
+    tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
+    tile.row_end = p.num_rows, tile.col_end = p.num_cols;
+    tile.k_begin = 0, tile.k_end = p.k_blocks;
+    tile.group = 0, tile.partial = -1;
+    return tile;
   }
 
   // First K-block (over all tiles) of a CTA's range. 32-bit: the host splits only where
@@ -69,8 +56,54 @@ class TileScheduler {
   }
 
  private:
-  static constexpr int kBand = 16;
+  __device__ __forceinline__ Tile next_whole() {
+    if (next_ >= p_.row_tiles * p_.col_tiles) return kNoTile;
+    const Tile tile = whole_tile(p_, next_);
+    next_ += gridDim.x;
+    return tile;
+  }
+
+  __device__ __forceinline__ Tile next_range() {
+    if (next_ >= end_) return kNoTile;
+    const int index = next_ / p_.k_blocks;
+    Tile tile = whole_tile(p_, index);
+    tile.k_begin = next_ - index * p_.k_blocks;
+    tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
+    const bool whole = tile.k_begin == 0 && tile.k_end == p_.k_blocks;
+    tile.partial = whole ? -1 : slot_of(p_, blockIdx.x, index);
+    next_ += tile.k_end - tile.k_begin;
+    return tile;
+  }
+
+  // Every group has a whole product, over its own range of K-blocks.
+  __device__ __forceinline__ Tile next_of_blocks() {
+    const int tiles = p_.row_tiles * p_.col_tiles, group = next_ / tiles;
+    if (group >= p_.groups.count) return kNoTile;
+    Tile tile = whole_tile(p_, next_ - group * tiles);
+    tile.k_begin = group > 0 ? p_.groups.index[group - 1] : 0;
+    tile.k_end = p_.groups.index[group];
+    tile.group = group;
+    next_ += gridDim.x;
+    return tile;
+  }
+
+  // Tokens and weights are rows and cols, or with `swapped` the other way round.
+  __device__ __forceinline__ Tile next_of_tokens() {
+    GroupScan::Place at;
+    if (!scan_.find(next_, at)) return kNoTile;
+    next_ += gridDim.x;
+    Tile tile;
+    tile.row = p_.swapped ? at.weight_tile * T::kBlockRows : at.token;
+    tile.col = p_.swapped ? at.token : at.weight_tile * T::kBlockCols;
+    tile.row_end = p_.swapped ? p_.num_rows : at.token_end;
+    tile.col_end = p_.swapped ? at.token_end : p_.num_cols;
+    tile.k_begin = 0, tile.k_end = p_.k_blocks;
+    tile.group = at.group, tile.partial = -1;
+    return tile;
+  }
+
   const GemmParams& p_;
+  GroupScan scan_;
   int next_, end_ = 0;
 };
 

@@ -1,24 +1,12 @@
 // CUDA entry points of the gemm family: check -> choose config -> launch.
-#include "host/gemm_launch.h"
-#include "ops/common.h"
+#include "ops/gemm_common.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 namespace sm120 {
 namespace {
 
 constexpr char kOp[] = "gemm";
-constexpr int64_t kMaxRows = (1ll << 31) - 256;  // TMA coordinates are int32
-
-bool log_configs() {
-  static const bool on = [] {
-    const char* value = std::getenv("SM120_OPS_LOG");
-    return value != nullptr && std::strcmp(value, "config") == 0;
-  }();
-  return on;
-}
 
 struct Problem {
   int64_t m, n, k, columns;  // columns: of D, larger than n with a head split
@@ -31,52 +19,14 @@ struct Forced {
   bool swapped, split;
 };
 
-OperandFormat format_of(const char* arg, const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float8_e4m3fn) return OperandFormat::kMxfp8;
-  check(
-      is_fp4_storage(t.scalar_type()), kOp, arg,
-      "dtype torch.float8_e4m3fn, or packed FP4 (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)",
-      Dtype(t));
-  return OperandFormat::kMxfp4;
-}
-
-GemmOperand check_operand(const char* arg, const Tensor& data, const char* scale_arg,
-                          const Tensor& scale, int64_t gran_k, const char* gran_arg, int32_t device,
-                          int64_t& k) {
-  check_on_device(kOp, arg, data, device);
-  check(data.dim() == 2, kOp, arg, "a 2-D tensor", Shape{data});
-  const OperandFormat format = format_of(arg, data);
-  const bool fp4 = format == OperandFormat::kMxfp4;
-  check(gran_k == 32 || gran_k == 128, kOp, gran_arg, "32 or 128", gran_k);
-  k = data.size(1) * (fp4 ? 2 : 1);
-  check(k % (fp4 ? 32 : 16) == 0, kOp, arg,
-        fp4 ? "K to be a multiple of 32 (rows of 16 bytes)" : "K to be a multiple of 16",
-        "K = ", k);
-  check(data.size(0) <= kMaxRows && k <= kMaxRows, kOp, arg, "fewer than 2^31 rows and columns",
-        Shape{data});
-  int64_t stride = data.size(0) > 1 ? data.stride(0) : align_up(data.size(1), 16);
-  if (data.numel() > 0) {
-    check(data.size(1) == 1 || data.stride(1) == 1, kOp, arg, "K-major rows (stride(1) == 1)",
-          Strides{data});
-    check(stride % 16 == 0 && stride >= data.size(1), kOp, arg,
-          "rows apart by a multiple of 16 bytes and not overlapping", Strides{data});
-    check(is_aligned(data.data_ptr(), 16), kOp, arg, "a 16-byte aligned data pointer",
-          data.data_ptr());
-  }
-  check_packed_scales(kOp, scale_arg, scale, data.size(0), ceil_div(k, 4 * gran_k), device);
-  return {
-      data.data_ptr(),          stride,      scale.data_ptr(), packed_scales_stride(scale), format,
-      static_cast<int>(gran_k), data.size(0)};
-}
-
 Problem check_problem(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
                       int64_t gran_k_a, int64_t gran_k_b, const std::vector<int64_t>& splits) {
   check(a.is_cuda(), kOp, "a", "a CUDA tensor", DeviceOf{a});
   const int32_t device = a.get_device_index();
   Problem p;
   int64_t k_b = 0;
-  p.a = check_operand("a", a, "sfa", sfa, gran_k_a, "gran_k_a", device, p.k);
-  p.b = check_operand("b", b, "sfb", sfb, gran_k_b, "gran_k_b", device, k_b);
+  p.a = check_operand(kOp, {"a", "sfa", "gran_k_a"}, a, sfa, gran_k_a, false, device, p.k);
+  p.b = check_operand(kOp, {"b", "sfb", "gran_k_b"}, b, sfb, gran_k_b, false, device, k_b);
   if (k_b != p.k) fail(kOp, "b", cat("the K of a (", p.k, ")"), cat("K = ", k_b));
   p.m = a.size(0), p.n = b.size(0), p.columns = p.n;
   if (!splits.empty()) {
@@ -93,39 +43,23 @@ Problem check_problem(const Tensor& a, const Tensor& sfa, const Tensor& b, const
   return p;
 }
 
-void check_output(const char* arg, const Tensor& t, const Problem& p, int32_t device) {
-  check_on_device(kOp, arg, t, device);
-  check(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Float, kOp, arg,
-        "dtype torch.bfloat16 or torch.float32", Dtype(t));
-  if (t.dim() != 2 || t.size(0) != p.m || t.size(1) != p.columns) {
-    fail(kOp, arg, cat("shape [", p.m, ", ", p.columns, "]"), cat(Shape{t}));
-  }
-  if (t.numel() == 0) return;
-  check(p.columns == 1 || t.stride(1) == 1, kOp, arg, "contiguous rows (stride(1) == 1)",
-        Strides{t});
-}
-
 void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb, const Problem& p,
          const std::optional<Tensor>& c, const std::vector<int64_t>& splits, const Tensor& out,
          const Forced* forced = nullptr) {
   const int32_t device = a.get_device_index();
-  const DeviceProperties& gpu = require_supported_device(kOp, device);
-  check_output("out", out, p, device);
+  const GpuModel model = gpu_model(kOp, device);
+  const std::array<int64_t, 2> matrix{p.m, p.columns};
+  check_matrix(kOp, "out", out, matrix, device);
   check(p.m <= 1 || out.numel() == 0 || out.stride(0) >= p.columns, kOp, "out",
         "rows that do not overlap", Strides{out});
-  const ByteRange written = byte_range(out);
-  for (const auto& [arg, t] :
-       {std::pair<const char*, const Tensor*>{"a", &a}, {"sfa", &sfa}, {"b", &b}, {"sfb", &sfb}}) {
-    check(!written.overlaps(byte_range(*t)), kOp, "out", "memory apart from the inputs",
-          "overlap with ", arg);
-  }
+  check_apart_from(kOp, out, {{"a", a}, {"sfa", sfa}, {"b", b}, {"sfb", sfb}});
   if (c) {
-    check_output("c", *c, p, device);
+    check_matrix(kOp, "c", *c, matrix, device);
     check(c->scalar_type() == out.scalar_type(), kOp, "c", "the dtype of out", Dtype(*c));
     const bool same =
         c->data_ptr() == out.data_ptr() && (p.m <= 1 || c->stride(0) == out.stride(0));
-    check(same || !written.overlaps(byte_range(*c)), kOp, "c", "out itself or memory apart from it",
-          "a shifted overlap");
+    check(same || !byte_range(out).overlaps(byte_range(*c)), kOp, "c",
+          "out itself or memory apart from it", "a shifted overlap");
   }
   if (p.m == 0 || p.columns == 0) return;
 
@@ -145,7 +79,6 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
              d.period % 8 == 0;
 
   const GemmShape shape{p.m, p.n, p.k, p.a.format, p.b.format, p.a.gran_k, p.b.gran_k};
-  const GpuModel model{gpu.sm_count, gpu.major == 12, gpu.l2_bytes, gpu.dram_gbps};
   GemmConfig config;
   if (forced) {
     check(forced->tile >= 0 && forced->tile < kNumGemmTiles &&
@@ -170,8 +103,8 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
     buffer = empty_cuda({bytes / 4}, ScalarType::Float, device);
     workspace = buffer->data_ptr();
   }
-  SM120_OPS_CUDA_CHECK(kOp,
-                       launch_gemm(config, p.a, p.b, p.k, d, workspace, current_stream(device)));
+  const GemmProblem problem{p.a, p.b, p.k, d, Schedule::kTiles, {}};
+  SM120_OPS_CUDA_CHECK(kOp, launch_gemm(config, problem, workspace, current_stream(device)));
 }
 
 void gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_t gran_k_b,
@@ -183,8 +116,8 @@ void gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int6
 Tensor gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_t gran_k_b,
             ScalarType out_dtype, std::optional<Tensor> c, std::vector<int64_t> head_splits) {
   const Problem p = check_problem(a, sfa, b, sfb, gran_k_a, gran_k_b, head_splits);
-  check(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Float, kOp, "out_dtype",
-        "torch.bfloat16 or torch.float32", Dtype(out_dtype));
+  check(is_out_dtype(out_dtype), kOp, "out_dtype", "torch.bfloat16 or torch.float32",
+        Dtype(out_dtype));
   const int32_t device = a.get_device_index();
   Tensor out = empty_cuda({p.m, p.columns}, out_dtype, device);
   if (p.columns != p.n && out.numel() > 0) {  // the columns between the heads
@@ -204,11 +137,6 @@ void gemm_forced(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, i
   run(a, sfa, b, sfb, p, c, head_splits, out, &forced);
 }
 
-OperandFormat parse_format(const char* arg, const std::string& name) {
-  check(name == "mxfp8" || name == "mxfp4", "_gemm_config", arg, "\"mxfp8\" or \"mxfp4\"", name);
-  return name == "mxfp4" ? OperandFormat::kMxfp4 : OperandFormat::kMxfp8;
-}
-
 // What the op would choose, without a GPU: for tests and for SM120_OPS_LOG's readers.
 std::string gemm_config(int64_t m, int64_t n, int64_t k, std::string format_a, std::string format_b,
                         int64_t gran_k_a, int64_t gran_k_b, int64_t num_sms, bool native,
@@ -218,8 +146,8 @@ std::string gemm_config(int64_t m, int64_t n, int64_t k, std::string format_a, s
   const GemmShape shape{m,
                         n,
                         k,
-                        parse_format("format_a", format_a),
-                        parse_format("format_b", format_b),
+                        parse_format("_gemm_config", "format_a", format_a),
+                        parse_format("_gemm_config", "format_b", format_b),
                         static_cast<int>(gran_k_a),
                         static_cast<int>(gran_k_b)};
   const GpuModel model{static_cast<int>(num_sms), native, l2_bytes, static_cast<int>(dram_gbps)};

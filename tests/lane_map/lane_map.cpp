@@ -234,10 +234,11 @@ void check_store(int warp_row, int warp_col, bool swapped, bool vector) {
     p->out.d_stride = width;
     p->out.fp32 = sizeof(TOut) == 4;
     p->out.vector = vector;
-    p->num_rows = T::kTileRows, p->num_cols = T::kTileCols;
     p->swapped = swapped;
-    warp.run(
-        [&](int lane) { store_fragments<T::Mma::kAccessB>(*p, acc[lane], warp_row, warp_col); });
+    const Tile tile{0, 0, T::kTileRows, T::kTileCols, 0, 1, 0, -1};
+    warp.run([&](int lane) {
+      store_fragments<T::Mma::kAccessB>(*p, tile, acc[lane], warp_row, warp_col);
+    });
     for (int r = 0; r < T::kTileRows; ++r) {
       for (int c = 0; c < T::kTileCols; ++c) {
         const bool inside =

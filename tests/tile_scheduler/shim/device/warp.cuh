@@ -1,0 +1,38 @@
+// Of device/warp.cuh what the code under test uses, with the meaning that the CUDA guide gives it.
+#pragma once
+#include "fibers.h"
+
+namespace sm120 {
+
+inline int shuffle(int value, int from) {
+  simulated::check(from >= 0 && from < 32, "shuffle from lane %d", from);
+  return simulated::exchange(value)[from];
+}
+
+inline int shuffle_up(int value, int delta) {
+  const auto all = simulated::exchange(value);
+  return all[simulated::lane < delta ? simulated::lane : simulated::lane - delta];
+}
+
+inline uint32_t ballot(bool predicate) {
+  const auto all = simulated::exchange(predicate);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+  return bits;
+}
+
+inline int lowest_bit(uint32_t bits) {
+  return bits ? __builtin_ctz(bits) : -1;
+}
+inline int highest_bit(uint32_t bits) {
+  return bits ? 31 - __builtin_clz(bits) : -1;
+}
+
+inline int load_readonly(const int* p) {
+  simulated::check(p >= simulated::readable_begin && p < simulated::readable_end,
+                   "read at %td of %td", p - simulated::readable_begin,
+                   simulated::readable_end - simulated::readable_begin);
+  return *p;
+}
+
+}  // namespace sm120
