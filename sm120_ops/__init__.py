@@ -12,6 +12,9 @@ from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.moe import moe_capacity, moe_combine, moe_route
+from .ops.moe_activation import moe_activation
+from .ops.moe_layer import moe, moe_workspace_size
 from .ops.quantize import dequantize, quantize
 
 _load.load()
@@ -24,6 +27,12 @@ __all__ = [
     "gemm_tn",
     "gemm_tt",
     "is_supported",
+    "moe",
+    "moe_activation",
+    "moe_capacity",
+    "moe_combine",
+    "moe_route",
+    "moe_workspace_size",
     "nn",
     "pack_fp4",
     "pack_scales",

@@ -219,7 +219,7 @@ def _moe_route_out_cpu(
     experts = topk_ids.flatten().long()
     valid = (experts >= 0) & (experts < num_experts)
     counts = torch.bincount(experts[valid], minlength=num_experts)
-    sizes = align(counts, alignment)
+    sizes = (counts + alignment - 1) // alignment * alignment
     starts = sizes.cumsum(0) - sizes
     slots = valid.nonzero().flatten()
     slots = slots[experts[slots].argsort(stable=True)]  # by expert, then by token and slot
