@@ -21,7 +21,6 @@ from .. import _check
 from .layout import (
     FP4_DTYPES,
     TAGS,
-    align,
     ceil_div,
     check_out,
     check_packed_scales,
