@@ -34,7 +34,8 @@ class ExpertParallel(nn.Module):
 
     forward() takes this rank's own tokens, with ids among all experts, and gives their y. Ranks may
     have different numbers of tokens, also none, but all must call it, in the same order. topk must
-    be the same on all, x of the same dtype, and with a capacity that as well.
+    be the same on all, x of the same dtype, and with a capacity that as well. So is the making of
+    one a collective call.
     """
 
     def __init__(
@@ -59,6 +60,12 @@ class ExpertParallel(nn.Module):
         self.capacity = capacity
         self.ranks = dist.get_world_size(group)
         self.num_experts = experts.num_experts * self.ranks
+        shape = torch.tensor([experts.num_experts, experts.hidden], device=experts.down.device)
+        extremes = torch.cat((shape, -shape))
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+        if not torch.equal(extremes, torch.cat((shape, -shape))):
+            requirement = f"{shape.tolist()} experts and hidden size on all ranks, as here"
+            _check.fail(op, "experts", requirement, "others elsewhere")
 
     def forward(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
