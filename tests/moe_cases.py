@@ -9,6 +9,27 @@ import reference
 import torch
 from reference import FP4, FP8, ceil_div
 
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All bits set: NaN in every float format, scale byte 0xFF, row -1."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.full((size,), 0xFF, dtype=torch.uint8, device=device).view(dtype).view(shape)
+
+
+def poisoned_quantized(
+    rows: int, k: int, fmt: str, gran_k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float8_e4m3fn if fmt == FP8 else torch.uint8
+    data = poisoned((rows, k if fmt == FP8 else k // 2), dtype, device)
+    words = ceil_div(k, 4 * gran_k)
+    padded = ceil_div(rows, 4) * 4
+    return data, poisoned((words, padded), torch.int32, device).t()[:rows]
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
 ROUTINGS = ("uniform", "zipf", "few", "one", "none", "dropped")
 
 
@@ -205,3 +226,28 @@ def draw(seed: int, small: bool) -> Case:
 
 
 FORMATS = {"mxfp8": (FP8, FP8), "w4a8": (FP4, FP8), "mxfp4": (FP4, FP4)}  # weights, activations
+
+# ---- A small layer
+
+E, I, H, T, TOPK = 6, 64, 96, 10, 3  # noqa: E741  (of a small layer)
+
+
+def floats(device: torch.device | str = "cpu", bias: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    result = {
+        "gate_up": torch.randn(E, 2 * I, H, generator=generator) / H**0.5,
+        "down": torch.randn(E, H, I, generator=generator) / I**0.5,
+    }
+    if bias:
+        result["gate_up_bias"] = torch.randn(E, 2 * I, generator=generator)
+        result["down_bias"] = torch.randn(E, H, generator=generator)
+    return {name: tensor.to(device) for name, tensor in result.items()}
+
+
+def inputs(
+    device: torch.device | str = "cpu", tokens: int = T, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, H, generator=generator)
+    ids = route("uniform", tokens, TOPK, E, generator)
+    return x.to(device), ids.to(device), torch.rand(tokens, TOPK, generator=generator).to(device)
