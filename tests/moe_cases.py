@@ -9,6 +9,8 @@ import reference
 import torch
 from reference import FP4, FP8, ceil_div
 
+from sm120_ops.bench import routing
+
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """All bits set: NaN in every float format, scale byte 0xFF, row -1."""
@@ -30,38 +32,19 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
-ROUTINGS = ("uniform", "zipf", "few", "one", "none", "dropped")
+ROUTINGS = (*routing.ROUTINGS, "dropped")
 
 
 def route(
     name: str, tokens: int, topk: int, experts: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Expert ids, int64 [tokens, topk] on the CPU.
-
-    few: 20 of 64 experts hit (at least one); one: every slot to one expert; dropped: -1 and ids out
-    of range among the others.
-    """
-    if name == "none":
-        return torch.full((tokens, topk), -1)
-    if name == "one":
-        return torch.full((tokens, topk), experts // 2)
-    weights = torch.ones(experts)
-    if name == "zipf":
-        weights = 1 / torch.arange(1, experts + 1)
-    if name == "few":
-        weights[max(experts * 20 // 64, 1) :] = 0
-    weights = weights[torch.randperm(experts, generator=generator)]
-    distinct = int((weights > 0).sum()) >= topk
-    ids = torch.zeros(tokens, topk, dtype=torch.int64)
-    if tokens:
-        ids = torch.multinomial(
-            weights.expand(tokens, -1), topk, replacement=not distinct, generator=generator
-        )
-    if name == "dropped":
-        bad = torch.tensor([-1, experts, -(2**31), 2**31 - 1])
-        picks = bad[torch.randint(4, ids.shape, generator=generator)]
-        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, picks, ids)
-    return ids
+    """Expert ids, int64 [tokens, topk]; "dropped" has -1 and ids out of range among the others."""
+    if name != "dropped":
+        return routing.expert_ids(name, tokens, topk, experts, generator)
+    ids = routing.expert_ids("uniform", tokens, topk, experts, generator)
+    bad = torch.tensor([-1, experts, -(2**31), 2**31 - 1])
+    picks = bad[torch.randint(4, ids.shape, generator=generator)]
+    return torch.where(torch.rand(ids.shape, generator=generator) < 0.4, picks, ids)
 
 
 def rows_of(ids: torch.Tensor, experts: int, alignment: int) -> tuple[list[int], torch.Tensor]:

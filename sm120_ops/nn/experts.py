@@ -162,30 +162,32 @@ class MXExperts(nn.Module):
             device=down.device,
             dtype=_bias_dtype(gate_up_bias, down_bias),
         )
-        module._quantize("gate_up", gate_up.detach(), gate_up_bias)
-        module._quantize("down", down.detach(), down_bias)
+        biases = {"gate_up": gate_up_bias, "down": down_bias}
+        for name, weight in (("gate_up", gate_up), ("down", down)):
+            for expert in range(experts):
+                module.quantize_expert(name, expert, weight[expert].detach())
+            bias = biases[name]
+            if bias is not None:
+                shape = weight.shape[:2]
+                if bias.shape != shape:
+                    _check.fail(op, f"{name}_bias", f"shape {list(shape)}", bias.shape)
+                module.get_buffer(f"{name}_bias").copy_(bias.detach())
         return module.eval()
 
     @torch.no_grad()
-    def _quantize(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        experts, rows, _ = weight.shape
+    def quantize_expert(self, name: str, expert: int, weight: torch.Tensor) -> None:
+        """Puts one expert's float weight [rows, K] in place; `name` is "gate_up" or "down"."""
         data, scale = self.get_buffer(name), self.get_buffer(f"{name}_scale")
-        for expert in range(experts):
-            one, one_scale = quantize(
-                weight[expert].contiguous(),
-                FORMATS[self.format].weight,
-                self.weight_gran_k,
-                self.weight_gran_mn,
-                self.rule,
-            )
-            data[expert] = one.view(torch.int8)
-            scale[:, expert * rows : (expert + 1) * rows] = one_scale.t()
-        if bias is not None:
-            if tuple(bias.shape) != (experts, rows):
-                _check.fail(
-                    "nn.MXExperts", f"{name}_bias", f"shape [{experts}, {rows}]", bias.shape
-                )
-            self.get_buffer(f"{name}_bias").copy_(bias)
+        rows = data.shape[1]
+        one, one_scale = quantize(
+            weight.contiguous(),
+            FORMATS[self.format].weight,
+            self.weight_gran_k,
+            self.weight_gran_mn,
+            self.rule,
+        )
+        data[expert] = one.view(torch.int8)
+        scale[:, expert * rows : (expert + 1) * rows] = one_scale.t()
 
     def weights(self, name: str) -> Operand:
         """(data, scale) of "gate_up" or "down" as moe() takes them: views of the buffers."""
