@@ -11,6 +11,7 @@ from . import _load, nn
 from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
+from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
 from .ops.moe_activation import moe_activation
@@ -26,6 +27,9 @@ __all__ = [
     "gemm_nn",
     "gemm_tn",
     "gemm_tt",
+    "grouped_gemm",
+    "grouped_gemm_masked",
+    "grouped_gemm_psum",
     "is_supported",
     "moe",
     "moe_activation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import reference
 import torch
@@ -215,7 +216,7 @@ FORMATS = {"mxfp8": (FP8, FP8), "w4a8": (FP4, FP8), "mxfp4": (FP4, FP4)}  # weig
 E, I, H, T, TOPK = 6, 64, 96, 10, 3  # noqa: E741  (of a small layer)
 
 
-def floats(device: torch.device | str = "cpu", bias: bool = False) -> dict[str, torch.Tensor]:
+def floats(device: torch.device | str = "cpu", bias: bool = False) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     result = {
         "gate_up": torch.randn(E, 2 * I, H, generator=generator) / H**0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import moe_cases
 import pytest
@@ -139,7 +140,14 @@ def test_activation(
         )
         data, scale = poisoned_quantized(num_rows, k, fmt, gran_k, device)
         group_ends = torch.tensor(ends, dtype=torch.int32, device=device)
-        args = (gate_up, group_ends, fmt, gran_k, alignment, bias if with_bias else None)
+        args: tuple[Any, ...] = (
+            gate_up,
+            group_ends,
+            fmt,
+            gran_k,
+            alignment,
+            bias if with_bias else None,
+        )
         args += (options.alpha, options.up_offset, options.limit, options.interleaved)
         OPS.moe_activation.out(*args, out=data, out_scale=scale)
         moe_cases.assert_quantized(
@@ -219,14 +227,15 @@ def test_combine(
         weights_dtype = torch.bfloat16 if topk == 8 else torch.float32
         x, weights, bias = x.to(x_dtype), weights.to(weights_dtype), bias.to(x_dtype)
         want = combine_slot_by_slot(x, rows, weights, bias if with_bias else None, ids)
-        args = [t.to(device) for t in (x, rows.int(), weights, bias, ids)]
-        if not with_bias:
-            args[3] = None  # type: ignore[call-overload]
-        got = sm120_ops.moe_combine(*args, out_dtype=out_dtype)
+        x, rows, weights = x.to(device), rows.int().to(device), weights.to(device)
+        options: dict[str, Any] = {}
+        if with_bias:
+            options = {"bias": bias.to(device), "topk_ids": ids.to(device)}
+        got = sm120_ops.moe_combine(x, rows, weights, **options, out_dtype=out_dtype)
         assert got.dtype == out_dtype
         assert same_bits(got.cpu(), want.to(out_dtype))
         out = poisoned((tokens, n), out_dtype, device)
-        assert sm120_ops.moe_combine(*args, out=out) is out
+        assert sm120_ops.moe_combine(x, rows, weights, out=out, **options) is out
         assert same_bits(out, got)
 
 

@@ -22,7 +22,9 @@ DEFAULT_CASES = {"cpu": 40, "cuda": 400}
 SEED = int(os.environ.get("SM120_OPS_TEST_SEED", "0"))
 
 
-def make_layer(case: Case, device: torch.device) -> tuple[MXExperts, list[torch.Tensor], Any]:
+def make_layer(
+    case: Case, device: torch.device
+) -> tuple[MXExperts, list[torch.Tensor], dict[str, Any]]:
     """Module, (x, ids, weights), and the float weights it was made of, all on the device."""
     generator = torch.Generator().manual_seed(case.seed)
     e, i, h = case.experts, case.intermediate, case.hidden
@@ -30,19 +32,15 @@ def make_layer(case: Case, device: torch.device) -> tuple[MXExperts, list[torch.
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    floats: list[torch.Tensor | None] = [normal(e, 2 * i, h) / h**0.5, normal(e, h, i) / i**0.5]
-    floats += [normal(e, 2 * i), normal(e, h)] if case.bias else [None, None]
-    floats = [None if t is None else t.to(device) for t in floats]
-    o = ACTIVATIONS[case.activation]
-    module = MXExperts.from_float(
-        *floats,  # type: ignore[arg-type]
-        format=case.format,
-        gran_k=case.gran_k,
-        alpha=o.alpha,
-        up_offset=o.up_offset,
-        limit=o.limit,
-        interleaved=o.interleaved,
-    )
+    floats: dict[str, Any] = {
+        "gate_up": normal(e, 2 * i, h).to(device) / h**0.5,
+        "down": normal(e, h, i).to(device) / i**0.5,
+    }
+    if case.bias:
+        floats["gate_up_bias"] = normal(e, 2 * i).to(device)
+        floats["down_bias"] = normal(e, h).to(device)
+    options: dict[str, Any] = vars(ACTIVATIONS[case.activation])
+    module = MXExperts.from_float(**floats, format=case.format, gran_k=case.gran_k, **options)
     x = normal(case.tokens, h).to(case.dtype)
     ids = moe_cases.route(case.routing, case.tokens, case.topk, e, generator)
     weights = torch.rand(case.tokens, case.topk, generator=generator)
@@ -71,10 +69,10 @@ def check_layer(case: Case, device: torch.device) -> None:
     assert same_bits(module(*inputs, workspace=workspace), y), "two runs differ"
     assert same_bits(module(*inputs), y), "the workspace makes a difference"
     assert y.isfinite().all()
-    ids = inputs[1]
+    x, ids, weights = inputs
     dead = ((ids < 0) | (ids >= case.experts)).all(1)
     assert (y[dead] == 0).all(), "a token without experts"
-    exact = moe_cases.layer(*inputs, *floats, options=ACTIVATIONS[case.activation])
+    exact = moe_cases.layer(x, ids, weights, **floats, options=ACTIVATIONS[case.activation])
     if exact.norm() > 0 and min(case.hidden, case.intermediate) >= 64:
         assert reference.calc_diff(y, exact) <= BOUND[case.format]
     if device.type == "cuda":  # each step is held to its own tolerance elsewhere

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import socket
+from typing import Any
 
 import moe_cases
 import pytest
@@ -55,7 +56,9 @@ def test_weights_are_those_of_quantize(device: torch.device) -> None:
 def test_transposed_weights_and_leading_dimensions(device: torch.device) -> None:
     weights = floats(device)
     module = MXExperts.from_float(**weights)
-    stored = {k: v.transpose(1, 2).contiguous().transpose(1, 2) for k, v in weights.items()}
+    stored: dict[str, Any] = {
+        k: v.transpose(1, 2).contiguous().transpose(1, 2) for k, v in weights.items()
+    }
     x, ids, topk_weights = inputs(device)
     y = module(x, ids, topk_weights)
     assert torch.equal(MXExperts.from_float(**stored)(x, ids, topk_weights), y)
@@ -192,7 +195,7 @@ def run_rank(rank: int, ranks: int, port: int, backend: str, capacity: int | Non
     dist.init_process_group(backend, rank=rank, world_size=ranks)
     experts = 8
     generator = torch.Generator().manual_seed(0)
-    weights = {
+    weights: dict[str, Any] = {
         "gate_up": torch.randn(experts, 2 * I, H, generator=generator) / H**0.5,
         "down": torch.randn(experts, H, I, generator=generator) / I**0.5,
         "gate_up_bias": torch.randn(experts, 2 * I, generator=generator),

@@ -284,9 +284,8 @@ def lines_of(context: Context, case: Case, module: MXExperts) -> Iterator[Line]:
             one_element = 1 if name == "fp8" else 2
             data = 3 * model.intermediate * model.hidden * one_element * len(inputs.hit)
             sizes = {"weight_bytes": data, "bytes": data + 2 * inputs.x.nbytes}
-            call = make(model, inputs)
             yield context.time_peer(
-                call, name=name, provider=f"torch.{provider}", **(fields | sizes)
+                make(model, inputs), name=name, provider=f"torch.{provider}", **(fields | sizes)
             )
 
 

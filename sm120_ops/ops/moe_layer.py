@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _check
+from .grouped import check_group_scales
 from .layout import FP4_DTYPES, TAGS, align, as_bytes, ceil_div, check_out
 from .moe import ALIGNMENTS, MAX_EXPERTS, STEP_DTYPES, check_dense, check_ids, moe_capacity
 from .quantize import FLOAT_DTYPES, FORMATS, GRANS_K, K_MULTIPLE, data_dtype, data_shape, logical_k
@@ -120,23 +121,12 @@ class _Pieces:
 
 
 def _check_weight(op: str, arg: str, data: torch.Tensor, scale: torch.Tensor, gran_k: int) -> None:
-    """[E, N, K] with packed scales [E, N, W] that are a view of the packed ones of [E * N, K]."""
+    """[E, N, K] with packed scales [E, N, W]."""
     check_dense(op, arg, data, 3)
     _check.require_dtype(op, arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
     experts, n = data.shape[:2]
-    words = ceil_div(logical_k(data[0]), 4 * gran_k)
-    arg += "_scale"
-    _check.require_tensor(op, arg, scale, rank=3)
-    _check.require_dtype(op, arg, scale, (torch.int32,))
-    if tuple(scale.shape) != (experts, n, words):
-        _check.fail(op, arg, f"packed scales of shape [{experts}, {n}, {words}]", scale.shape)
-    column = scale.stride(2)
-    rows = (scale.stride(1) == 1 or n <= 1) and (scale.stride(0) == n or experts <= 1)
-    padded = (column % 4 == 0 and column >= align(experts * n, 4)) or words <= 1
-    if scale.numel() > 0 and not (rows and padded):
-        requirement = f"strides [{n}, 1, a multiple of 4 >= {align(experts * n, 4)}]"
-        _check.fail(op, arg, requirement, f"strides {list(scale.stride())}")
-    _check.require_aligned(op, arg, scale)
+    groups = ceil_div(logical_k(data[0]), gran_k)
+    check_group_scales(op, f"{arg}_scale", scale, experts, n, groups)
 
 
 class _Call(NamedTuple):
@@ -368,8 +358,8 @@ def moe(
         topk_ids, topk_weights: [T, topk] as in moe_route() and moe_combine(). Slots with an id that
             is no expert are dropped.
         gate_up: (data, scale) of [E, 2 * I, H]: float8_e4m3fn, or packed FP4 [E, 2 * I, H / 2],
-            contiguous; packed scales int32 [E, 2 * I, W], a view of those of the [E * 2 * I, H]
-            matrix: scale.unflatten(0, (E, 2 * I)) of what quantize() gives.
+            contiguous; packed scales int32 [E, 2 * I, W] as in grouped_gemm_psum(): for one,
+            scale.unflatten(0, (E, 2 * I)) of what quantize() gives for the [E * 2 * I, H] matrix.
         down: (data, scale) of [E, H, I], likewise, of the same dtype.
         format, gran_k: of the activations, as in quantize().
         weight_gran_k: values along K that share a weight's scale.
