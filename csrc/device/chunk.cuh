@@ -31,9 +31,10 @@ __device__ __forceinline__ void store_chunk(T* p, const Words<T>& w) {
   }
 }
 
-// Eight values of bfloat16 or float32, whichever the memory holds.
-__device__ __forceinline__ void load_floats(const void* base, int64_t index, bool fp32,
-                                            float (&f)[8]) {
+// Adds eight values of bfloat16 or float32, whichever the memory holds.
+__device__ __forceinline__ void add_floats(const void* base, int64_t index, bool fp32,
+                                           float (&sum)[8]) {
+  float f[8];
   if (fp32) {
     Words<float> w;
     load_chunk(static_cast<const float*>(base) + index, w);
@@ -43,6 +44,8 @@ __device__ __forceinline__ void load_floats(const void* base, int64_t index, boo
     load_chunk(static_cast<const __nv_bfloat16*>(base) + index, w);
     chunk_to_float<__nv_bfloat16>(w, f);
   }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sum[j] += f[j];
 }
 
 }  // namespace sm120

@@ -1,8 +1,10 @@
 // Bias, SwiGLU and requantisation of the gate_up product, rows outside the groups left out.
 //
-// A block has a tile of 16 rows and a segment of the output's columns, a warp two of its rows. As
-// groups start at multiples of 16, a tile lies in one group at most; the block finds it by counting
-// the groups that end at or before the tile, and leaves at once if the tile has no row of a group.
+// A block has a tile of 16 rows and up to four segments of the output's columns. As groups start at
+// multiples of 16, a tile lies in one group at most; the block finds it by counting the groups that
+// end at or before the tile, and leaves at once if the tile has no row of a group. Its warps share
+// the segments of the rows that there are, so that one row alone (a decode batch) keeps half of
+// them busy, and a whole tile all.
 #include "device/math.cuh"
 #include "kernels/moe_common.cuh"
 
@@ -12,7 +14,7 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = kTileRows / kWarps;
+constexpr int kBlockSegments = 4;
 
 // The group of the tile that starts at `row`, and how many rows of it lie in the tile. Ends that
 // are no group ends give some other rows of the matrix, never rows outside of it.
@@ -39,11 +41,13 @@ struct Tile {
 
 // Where the lane's eight gates and eight ups are: two chunks of a row of 2 * cols elements.
 struct Columns {
+  uint32_t col;  // of the output
   int64_t first, second;
   bool interleaved;
 
   __device__ __forceinline__ Columns(uint32_t col, uint32_t cols, bool interleaved)
-      : first(interleaved ? 2ll * col : col),
+      : col(col),
+        first(interleaved ? 2ll * col : col),
         second(interleaved ? 2ll * col + 8 : static_cast<int64_t>(cols) + col),
         interleaved(interleaved) {}
 
@@ -68,59 +72,63 @@ __device__ __forceinline__ float swiglu(const MoeActivationArgs& args, float gat
   return gate * sigmoid(args.alpha * gate) * (up + args.up_offset);
 }
 
+// Blocks beside each other in a tile of rows.
+__host__ __device__ constexpr uint32_t column_parts(uint32_t cols) {
+  return (cols + kBlockSegments * kSegment - 1) / (kBlockSegments * kSegment);
+}
+
 template <typename T, bool kFp4>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 4)
     moe_activation_kernel(const MoeActivationArgs args, const ScaleRule rule) {
   pdl_wait();
   pdl_launch_dependents();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const uint32_t cols = args.out.cols;
-  const uint32_t segments = (cols + kSegment - 1) / kSegment;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / segments) * kTileRows;
-  const uint32_t first_col = blockIdx.x % segments * kSegment;
+  const uint32_t cols = args.out.cols, parts = column_parts(cols);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts) * kTileRows;
+  const uint32_t first_col = blockIdx.x % parts * (kBlockSegments * kSegment);
   const Tile tile(args.groups, first_row, args.rows);
-  if (warp >= tile.rows) return;
+  if (tile.rows <= 0) return;
 
-  const uint32_t col = first_col + 8 * lane;
-  const bool exists = col < cols;
-  const Columns at(col, cols, args.interleaved);
-  Words<T> first[kWarpRows] = {}, second[kWarpRows] = {};
-#pragma unroll
-  for (int i = 0; i < kWarpRows; ++i) {
-    const int row = warp + i * kWarps;
-    if (row >= tile.rows || !exists) continue;
-    const T* source = static_cast<const T*>(args.gate_up) + (first_row + row) * 2 * cols;
-    load_chunk(source + at.first, first[i]);
-    load_chunk(source + at.second, second[i]);
-  }
-  float gate_bias[8], up_bias[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) gate_bias[j] = up_bias[j] = kNoBias;
-  if (args.bias != nullptr && exists) {
-    const int64_t bias = static_cast<int64_t>(tile.group) * 2 * cols;
-    load_floats(args.bias, bias + at.first, args.bias_fp32, gate_bias);
-    load_floats(args.bias, bias + at.second, args.bias_fp32, up_bias);
-    at.sort(gate_bias, up_bias);
-  }
-#pragma unroll
-  for (int i = 0; i < kWarpRows; ++i) {
-    const int row = warp + i * kWarps;
-    if (row >= tile.rows) break;
+  const uint32_t segments =
+      min((cols - first_col + kSegment - 1) / kSegment, static_cast<uint32_t>(kBlockSegments));
+  const uint32_t items = tile.rows * segments;  // a row's segment each
+  const auto columns_of = [&](uint32_t item) {
+    return Columns(first_col + item % segments * kSegment + 8 * lane, cols, args.interleaved);
+  };
+  // A warp's next item is on its way while it works on one.
+  Words<T> ahead_a = {}, ahead_b = {};
+  const auto load_ahead = [&](uint32_t item) {
+    const Columns at = columns_of(item);
+    if (item >= items || at.col >= cols) return;
+    const T* row = static_cast<const T*>(args.gate_up) + (first_row + item / segments) * 2 * cols;
+    load_chunk(row + at.first, ahead_a);
+    load_chunk(row + at.second, ahead_b);
+  };
+  load_ahead(warp);
+  for (uint32_t item = warp; item < items; item += kWarps) {
+    const Columns at = columns_of(item);
+    const bool exists = at.col < cols;
     float gate[8], up[8];
-    chunk_to_float<T>(first[i], gate);
-    chunk_to_float<T>(second[i], up);
+    chunk_to_float<T>(ahead_a, gate);
+    chunk_to_float<T>(ahead_b, up);
+    load_ahead(item + kWarps);
+    if (args.bias != nullptr && exists) {
+      const int64_t bias = static_cast<int64_t>(tile.group) * 2 * cols;
+      add_floats(args.bias, bias + at.first, args.bias_fp32, gate);
+      add_floats(args.bias, bias + at.second, args.bias_fp32, up);
+    }
     at.sort(gate, up);
     uint32_t amax = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float h = swiglu(args, gate[j] + gate_bias[j], up[j] + up_bias[j]);
-      gate[j] = exists ? h : 0;
+      gate[j] = exists ? swiglu(args, gate[j], up[j]) : 0;
       amax = max(amax, bits_of(gate[j]) & 0x7fffffff);
     }
     const auto segment =
-        Segment<kFp4>::template quantize<true>(args.out, rule, first_col, gate, amax);
-    segment.store_data(args.out, first_row + row);
-    if (lane % 16 == 0) segment.store_scale(args.out, first_row + row);
+        Segment<kFp4>::template quantize<true>(args.out, rule, at.col - 8 * lane, gate, amax);
+    const int64_t row = first_row + item / segments;
+    segment.store_data(args.out, row);
+    if (lane % 16 == 0) segment.store_scale(args.out, row);
   }
 }
 
@@ -129,8 +137,7 @@ cudaError_t launch_as(const MoeActivationArgs& args, cudaStream_t stream) {
   const auto kernel =
       args.out.fp4 ? &moe_activation_kernel<T, true> : &moe_activation_kernel<T, false>;
   const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
-  const int64_t segments = (args.out.cols + kSegment - 1) / kSegment;
-  return launch_dependent(kernel, tiles * segments, kThreads, stream, args,
+  return launch_dependent(kernel, tiles * column_parts(args.out.cols), kThreads, stream, args,
                           scale_rule(args.out.fp4, false));
 }
 

@@ -57,17 +57,15 @@ __global__ void __launch_bounds__(kThreads) moe_combine_kernel(const MoeCombineA
 #pragma unroll
     for (int i = 0; i < kSlotsAhead; ++i) {
       if (rows[i] < 0) continue;
-      float f[8], bias[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) bias[j] = kNoBias;
+      float f[8];
       chunk_to_float<T>(values[i], f);
       if (args.bias != nullptr) {
-        load_floats(args.bias, static_cast<int64_t>(experts[i]) * args.cols + col, args.bias_fp32,
-                    bias);
+        add_floats(args.bias, static_cast<int64_t>(experts[i]) * args.cols + col, args.bias_fp32,
+                   f);
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        sum[j] = rounded_sum(sum[j], rounded_product(weights[i], rounded_sum(f[j], bias[j])));
+        sum[j] = rounded_sum(sum[j], rounded_product(weights[i], f[j]));
       }
     }
   }

@@ -17,9 +17,6 @@ __device__ __forceinline__ int32_t load_expert(const void* ids, bool ids64, int3
   return id >= 0 && id < experts ? static_cast<int32_t>(id) : -1;
 }
 
-// What changes no value when it is added, the sign of zero included.
-constexpr float kNoBias = -0.0f;
-
 // A segment is 256 columns of a row, eight consecutive ones a lane. A K-group is then a quad
 // (gran_k 32) or a half warp (gran_k 128), and a half warp has one scale word (gran_k 32) or one
 // byte of a word (gran_k 128).
