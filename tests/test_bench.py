@@ -15,7 +15,7 @@ import torch
 
 from sm120_ops import bench, device
 from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, moe, overhead, peers, quantize
+from sm120_ops.bench import gemm, moe, moe_steps, overhead, peers, quantize
 from sm120_ops.bench import report as bench_report
 from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
 from sm120_ops.bench.context import Context
@@ -184,6 +184,15 @@ def test_moe_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
             assert line.diff is not None
             assert line.diff < 1e-3
     assert any(line.provider == "torch._scaled_mm loop" for line in lines)
+
+
+def test_moe_step_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_steps, "V4_FLASH", moe.Model("small", 64, 4, 2, 32, "w4a8", 32))
+    monkeypatch.setitem(moe_steps.TOKENS, "standard", (3,))
+    lines = list(moe_steps.run(context))
+    assert [line.name.split()[0] for line in lines[:3]] == ["route", "activation", "combine"]
+    assert len(lines) == 2 * len(moe_steps.FORMATS) + 1
+    assert all(line.gbps for line in lines)
 
 
 @pytest.mark.parametrize("mode", ["quick", "standard", "full"])

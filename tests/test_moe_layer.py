@@ -18,7 +18,8 @@ from sm120_ops.ops.moe_layer import make_plan
 
 OPS = torch.ops.sm120
 CHUNKS = 10
-DEFAULT_CASES = {"cpu": 40, "cuda": 400}
+DEFAULT_CASES = {"cpu": 40, "cuda": 300}
+CPU_WEIGHTS = 1 << 22  # of a layer that the CPU reference runs in a fraction of a second
 SEED = int(os.environ.get("SM120_OPS_TEST_SEED", "0"))
 
 
@@ -75,13 +76,10 @@ def check_layer(case: Case, device: torch.device) -> None:
     exact = moe_cases.layer(x, ids, weights, **floats, options=ACTIVATIONS[case.activation])
     if exact.norm() > 0 and min(case.hidden, case.intermediate) >= 64:
         assert reference.calc_diff(y, exact) <= BOUND[case.format]
-    if device.type == "cuda":  # each step is held to its own tolerance elsewhere
-        reference_y = module.cpu()(*(t.cpu() for t in inputs))
-        assert (
-            case.tokens == 0
-            or exact.norm() == 0
-            or reference.calc_diff(y.cpu(), reference_y) <= 1e-4
-        )
+    small = case.experts * case.intermediate * case.hidden <= CPU_WEIGHTS
+    if device.type == "cuda" and small and exact.any():  # each step is held tighter on its own
+        want = module.cpu()(*(t.cpu() for t in inputs))
+        assert reference.calc_diff(y.cpu(), want) <= 1e-4
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

@@ -6,6 +6,9 @@ import copy
 import itertools
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import moe_cases
@@ -252,6 +255,18 @@ def test_expert_parallel_equals_one_process(ranks: int, capacity: int | None) ->
 @pytest.mark.parametrize("capacity", [None, 12 * TOPK])
 def test_expert_parallel_on_two_gpus(capacity: int | None) -> None:
     spawn(2, "nccl", capacity)
+
+
+@pytest.mark.parametrize("options", [[], ["--capacity", "--format", "w4a8"]])
+def test_example(options: list[str]) -> None:
+    script = Path(__file__).resolve().parents[1] / "examples" / "expert_parallel.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(script), *options], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tokens, equal") == 2
 
 
 def test_expert_parallel_needs_a_group() -> None:

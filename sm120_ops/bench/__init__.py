@@ -30,6 +30,7 @@ FAMILIES = {
     "quantize": "sm120_ops.bench.quantize",
     "overhead": "sm120_ops.bench.overhead",
     "moe": "sm120_ops.bench.moe",
+    "moe_steps": "sm120_ops.bench.moe_steps",
 }
 
 

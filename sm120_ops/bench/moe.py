@@ -10,6 +10,7 @@ routing as Python numbers, which a real one would have to fetch from the device 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +226,18 @@ def grouped_mm(model: Model, inputs: Inputs) -> Callable[[], object]:
     return call
 
 
+def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """Makes the call when it is first run, so that weights that do not fit are that call's error."""
+    made: list[Callable[[], object]] = []
+
+    def call() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
 # ---- Lines ---------------------------------------------------------------------------------------
 
 
@@ -284,8 +297,9 @@ def lines_of(context: Context, case: Case, module: MXExperts) -> Iterator[Line]:
             one_element = 1 if name == "fp8" else 2
             data = 3 * model.intermediate * model.hidden * one_element * len(inputs.hit)
             sizes = {"weight_bytes": data, "bytes": data + 2 * inputs.x.nbytes}
+            call_peer = lazily(functools.partial(make, model, inputs))
             yield context.time_peer(
-                make(model, inputs), name=name, provider=f"torch.{provider}", **(fields | sizes)
+                call_peer, name=name, provider=f"torch.{provider}", **(fields | sizes)
             )
 
 

@@ -97,6 +97,9 @@ class ExpertParallel(nn.Module):
         send: Sequence[int]
         receive: Sequence[int]
         if self.capacity is None:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                got = "None on a stream that is capturing a CUDA graph (it would sync)"
+                _check.fail(op, "capacity", "a number of rows under graph capture", got)
             arriving = torch.empty_like(counts[: self.ranks])
             dist.all_to_all_single(arriving, counts[: self.ranks].contiguous(), group=self.group)
             send = counts[: self.ranks].tolist()  # the host sync
