@@ -227,7 +227,7 @@ def grouped_mm(model: Model, inputs: Inputs) -> Callable[[], object]:
 
 
 def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """Makes the call when it is first run, so that weights that do not fit are that call's error."""
+    """Makes the call when it is first run: weights that do not fit are then its error."""
     made: list[Callable[[], object]] = []
 
     def call() -> object:
