@@ -201,7 +201,10 @@ def test_cuda_checks_of_raw_ops() -> None:
         ("moe_route: out_scale: expected packed", lambda: route(out_scale=scale[1:])),
         ("moe_route: group_ends: expected shape", lambda: route(group_ends=ends[1:])),
         ("moe_route: group_ends: expected dtype", lambda: route(group_ends=ends.long())),
-        ("moe_route: rows: expected memory apart", lambda: route(rows=scale[:30].view(T, TOPK))),
+        (
+            "moe_route: out_scale: expected memory apart from rows",
+            lambda: route(rows=scale[:30].view(T, TOPK)),
+        ),
         ("moe_route: rows: expected a tensor on cuda:0", lambda: route(rows=rows.cpu())),
         (
             "moe_route: topk_ids: expected a tensor on",
