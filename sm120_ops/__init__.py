@@ -13,6 +13,9 @@ from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.moe import moe_capacity, moe_combine, moe_route
+from .ops.moe_activation import moe_activation
+from .ops.moe_layer import moe, moe_workspace_size
 from .ops.quantize import dequantize, quantize
 
 _load.load()
@@ -28,6 +31,12 @@ __all__ = [
     "grouped_gemm_masked",
     "grouped_gemm_psum",
     "is_supported",
+    "moe",
+    "moe_activation",
+    "moe_capacity",
+    "moe_combine",
+    "moe_route",
+    "moe_workspace_size",
     "nn",
     "pack_fp4",
     "pack_scales",

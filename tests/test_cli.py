@@ -173,7 +173,12 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(path.read_text())
     assert report["failed"] == 0
     assert report["comparisons"] > 200
-    assert {entry["family"] for entry in report["summary"]} == {"quantize", "layout", "gemm"}
+    assert {entry["family"] for entry in report["summary"]} == {
+        "quantize",
+        "layout",
+        "gemm",
+        "moe",
+    }
     return report
 
 

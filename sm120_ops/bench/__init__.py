@@ -29,6 +29,8 @@ FAMILIES = {
     "gemm": "sm120_ops.bench.gemm",
     "quantize": "sm120_ops.bench.quantize",
     "overhead": "sm120_ops.bench.overhead",
+    "moe": "sm120_ops.bench.moe",
+    "moe_steps": "sm120_ops.bench.moe_steps",
 }
 
 
