@@ -33,6 +33,7 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
     const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
     return (t.warps_down == 2) == (fp8 && (native || !coarse)) ? 1.0 : 0.95;
   }
+  if (t.cols == 8) return 0.21;  // by its instructions, beside those of 128 x 16
   if (t.cols == 16) return t.rows == 128 ? 0.33 : 0.24;
   const int area = t.rows * t.cols;
   return area >= 128 * 64 ? 0.85 : area >= 64 * 64 ? 0.6 : 0.41;
@@ -108,8 +109,9 @@ bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_s
                           ceil_div(swapped ? s.m : s.n, tile.cols) * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
   }
-  const bool both_fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
-  if (kGemmTiles[index].fp8_only && !both_fp8) return false;
+  if (!has_instance(kGemmTiles[index].formats, swapped ? s.b : s.a, swapped ? s.a : s.b)) {
+    return false;
+  }
   return s.a == s.b || swapped == (s.b == OperandFormat::kMxfp4);
 }
 

@@ -8,7 +8,7 @@ namespace sm120 {
 enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
-// axis), warps along the rows (of 8), whether for FP8 beside FP8 only, and why it is there.
+// axis), warps along the rows (of 8), the formats it is for, and why it is there.
 //   128 x 128  most reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment of
 //              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
 //   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
@@ -17,18 +17,25 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
 //   128 x 16   the same with half the CTA count, for many weight rows.
-#define SM120_GEMM_TILES(X) \
-  X(128, 128, 4, false)     \
-  X(128, 128, 2, true)      \
-  X(128, 64, 4, false)      \
-  X(64, 64, 4, false)       \
-  X(64, 32, 4, false)       \
-  X(64, 16, 4, false)       \
-  X(128, 16, 8, false)
+//   128 x 8    1 .. 8 tokens, as most experts have in decoding: half the work on tokens that are
+//   not
+//              there. FP8 cols only: a stage of 8 packed FP4 rows would not fill a swizzle atom.
+#define SM120_GEMM_TILES(X)         \
+  X(128, 128, 4, TileFormats::kAny) \
+  X(128, 128, 2, TileFormats::kFp8) \
+  X(128, 64, 4, TileFormats::kAny)  \
+  X(64, 64, 4, TileFormats::kAny)   \
+  X(64, 32, 4, TileFormats::kAny)   \
+  X(64, 16, 4, TileFormats::kAny)   \
+  X(128, 16, 8, TileFormats::kAny)  \
+  X(128, 8, 8, TileFormats::kFp8Cols)
+
+// kFp8: both operands; kFp8Cols: the one of the 8-column axis.
+enum class TileFormats { kAny, kFp8, kFp8Cols };
 
 struct GemmTile {
   int rows, cols, warps_down;
-  bool fp8_only;
+  TileFormats formats;
 };
 inline constexpr GemmTile kGemmTiles[] = {
 #define SM120_TILE(...) {__VA_ARGS__},
@@ -70,6 +77,12 @@ struct GemmConfig {
 
   std::string to_string() const;  // JSON
 };
+
+constexpr bool has_instance(TileFormats tile, OperandFormat rows, OperandFormat cols) {
+  if (tile == TileFormats::kAny) return true;
+  return cols == OperandFormat::kMxfp8 &&
+         (tile == TileFormats::kFp8Cols || rows == OperandFormat::kMxfp8);
+}
 
 // The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis
 // (device/operand.cuh); only a product with

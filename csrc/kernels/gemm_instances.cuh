@@ -5,11 +5,14 @@
 
 namespace sm120 {
 
+constexpr OperandFormat operand_format(Format format) {
+  return format == Format::kFp8 ? OperandFormat::kMxfp8 : OperandFormat::kMxfp4;
+}
+
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown,
-          bool kFp8Only>
+          TileFormats kFormats>
 GemmInstance make_instance() {
-  constexpr bool kBothFp8 = kRowsFormat == Format::kFp8 && kColsFormat == Format::kFp8;
-  if constexpr (kFp8Only && !kBothFp8) {
+  if constexpr (!has_instance(kFormats, operand_format(kRowsFormat), operand_format(kColsFormat))) {
     return {};
   } else {
     using Traits = GemmTraits<kRowsFormat, kColsFormat, kRows, kCols, kWarpsDown>;

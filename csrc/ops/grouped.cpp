@@ -32,9 +32,10 @@ struct Forced {
   bool swapped;
 };
 
-// What the host can say about the groups. Where the caller does not know, a group is expected to
-// have the rows that are left when all groups have as much padding as they can, or a quarter of a
-// segment: with the rows of a few tokens spread over many experts either is near the truth.
+// What the host can say about the groups. Where the caller does not, a group is expected to have
+// the rows that are left when all groups have as much padding as they can, as in a buffer of
+// worst-case size; or, if more, what its alignment suggests: 128 is for prompts, less is for
+// decoding.
 GroupedShape expected_shape(const Layout& layout, const GemmShape& whole, int64_t groups,
                             int64_t alignment, int64_t expected_m) {
   GroupedShape s{whole, groups, 0, groups, whole.m, whole.m};
@@ -42,11 +43,12 @@ GroupedShape expected_shape(const Layout& layout, const GemmShape& whole, int64_
   if (is_masked(layout)) {
     s.total_rows = groups * whole.m;
     if (rows == 0) rows = ceil_div(whole.m, 4);
-  } else if (rows == 0) {
-    rows = std::max((whole.m - groups * (alignment - 1)) / groups, alignment / 4);
-    s.groups = std::min(groups, ceil_div(whole.m, alignment));
   } else {
-    s.groups = std::min(groups, ceil_div(whole.m, rows));
+    if (rows == 0) {
+      const int64_t usual = alignment >= 128 ? 32 : alignment / 8;
+      rows = std::max((whole.m - groups * (alignment - 1)) / groups, usual);
+    }
+    s.groups = std::min(groups, ceil_div(whole.m, std::max(rows, alignment)));
   }
   if (layout.schedule == Schedule::kSegments) {
     s.step = alignment;
@@ -164,14 +166,15 @@ Tensor run_new(const Layout& layout, const Inputs& in, ScalarType dtype) {
 }
 
 Tensor grouped_gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor m_indices, int64_t gran_k_a,
-                    int64_t gran_k_b, ScalarType out_dtype, int64_t alignment) {
-  return run_new(kContiguous, {a, sfa, b, sfb, m_indices, gran_k_a, gran_k_b, alignment, 0},
-                 out_dtype);
+                    int64_t gran_k_b, ScalarType out_dtype, int64_t alignment, int64_t expected_m) {
+  return run_new(kContiguous,
+                 {a, sfa, b, sfb, m_indices, gran_k_a, gran_k_b, alignment, expected_m}, out_dtype);
 }
 
 void grouped_gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor m_indices,
-                      int64_t gran_k_a, int64_t gran_k_b, int64_t alignment, Tensor out) {
-  run_out(kContiguous, {a, sfa, b, sfb, m_indices, gran_k_a, gran_k_b, alignment, 0}, out);
+                      int64_t gran_k_a, int64_t gran_k_b, int64_t alignment, int64_t expected_m,
+                      Tensor out) {
+  run_out(kContiguous, {a, sfa, b, sfb, m_indices, gran_k_a, gran_k_b, alignment, expected_m}, out);
 }
 
 Tensor grouped_gemm_psum(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor group_ends,

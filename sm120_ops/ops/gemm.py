@@ -72,7 +72,8 @@ def check_operand(op: str, arg: str, data: torch.Tensor, rank: int = 2) -> None:
     if (row % 16 != 0 or row < data.shape[-1]) and data.shape[-2] > 1 and data.shape[-1] > 0:
         requirement = f"a row stride that is a multiple of 16 bytes >= {data.shape[-1]}"
         _check.fail(op, arg, requirement, f"strides {list(data.stride())}")
-    if rank == 3 and (data.stride(0) % 16 != 0 or data.stride(0) == 0) and data.shape[0] > 1:
+    apart = rank == 2 or (data.stride(0) % 16 == 0 and data.stride(0) > 0)
+    if not apart and min(data.shape[1:]) > 0 and data.shape[0] > 1:
         requirement = "a group stride that is a multiple of 16 bytes, not 0"
         _check.fail(op, arg, requirement, f"strides {list(data.stride())}")
     _check.require_aligned(op, arg, data)

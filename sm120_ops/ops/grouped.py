@@ -37,7 +37,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 # Of each op: the name of its index tensor, and its options with their defaults.
 OPS = {
-    "grouped_gemm": ("m_indices", {"alignment": 128}),
+    "grouped_gemm": ("m_indices", {"alignment": 128, "expected_m": 0}),
     "grouped_gemm_psum": ("group_ends", {"alignment": 128, "expected_m": 0}),
     "grouped_gemm_masked": ("masked_m", {"expected_m": 0}),
 }
@@ -322,6 +322,7 @@ def grouped_gemm(
     m_indices: torch.Tensor,
     *,
     alignment: int = 128,
+    expected_m: int = 0,
     gran_k_a: int | None = None,
     gran_k_b: int | None = None,
     out_dtype: torch.dtype | None = None,
@@ -342,6 +343,8 @@ def grouped_gemm(
             in each the valid rows first, all of one expert, then -1 rows. Segments that are all -1
             cost nothing.
         alignment: rows of a segment: 16, 32, 64 or 128. Few rows an expert want a small one.
+        expected_m: rows an expert that has any is expected to have; only steers the choice of
+            tiles. 0: unknown, guessed from M, G and the alignment.
         gran_k_a, gran_k_b: as in gemm().
         out_dtype: bfloat16 (default) or float32.
         out: D to write, last stride 1, any row stride. Rows of no expert keep what they hold.
@@ -354,7 +357,7 @@ def grouped_gemm(
     Returns:
         D [M, N]; without `out`, rows of no expert are 0.
     """
-    options = {"alignment": alignment}
+    options = {"alignment": alignment, "expected_m": expected_m}
     return _run(
         "grouped_gemm", a, b, m_indices, options, gran_k_a, gran_k_b, out_dtype, out, validate,
         validate_scales,
@@ -381,7 +384,6 @@ def grouped_gemm_psum(
         group_ends: int32 [G]; group g has rows s .. group_ends[g] - 1, where s is the end of the
             group before it, rounded up to a multiple of `alignment` (0 for the first). Ends must
             not decrease; they are clamped to 0 .. M, and a group begins behind all before it.
-        expected_m: rows a group is expected to have; only steers the choice of tiles. 0: unknown.
 
     The other arguments and the result are grouped_gemm()'s.
     """
@@ -412,7 +414,6 @@ def grouped_gemm_masked(
             float32 [G, Mmax, groups]. Mmax may be any number.
         b: (data, scale) as in grouped_gemm().
         masked_m: int32 [G], rows of each group; clamped to 0 .. Mmax.
-        expected_m: rows a group is expected to have; only steers the choice of tiles. 0: unknown.
         out: D to write, [G, Mmax, N], last stride 1.
 
     The other arguments are grouped_gemm()'s. Returns D [G, Mmax, N].

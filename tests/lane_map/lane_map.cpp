@@ -283,17 +283,21 @@ void check_tile(const char* name) {
   printf("%s %d x %d: %d MMAs\n", name, T::kTileRows, T::kTileCols, mmas);
 }
 
-template <int kRows, int kCols, int kDown>
+template <int kRows, int kCols, int kDown, TileFormats kFormats>
 void check_formats() {
   check_tile<WarpTile<Format::kFp8, Format::kFp8, kRows, kCols, kDown>>("fp8 x fp8");
-  check_tile<WarpTile<Format::kFp4, Format::kFp4, kRows, kCols, kDown>>("fp4 x fp4");
-  check_tile<WarpTile<Format::kFp4, Format::kFp8, kRows, kCols, kDown>>("fp4 x fp8");
+  if constexpr (has_instance(kFormats, OperandFormat::kMxfp4, OperandFormat::kMxfp4)) {
+    check_tile<WarpTile<Format::kFp4, Format::kFp4, kRows, kCols, kDown>>("fp4 x fp4");
+  }
+  if constexpr (has_instance(kFormats, OperandFormat::kMxfp4, OperandFormat::kMxfp8)) {
+    check_tile<WarpTile<Format::kFp4, Format::kFp8, kRows, kCols, kDown>>("fp4 x fp8");
+  }
 }
 
 }  // namespace
 
 int main() {
-#define CHECK_FORMATS(rows, cols, warps_down, ...) check_formats<rows, cols, warps_down>();
+#define CHECK_FORMATS(...) check_formats<__VA_ARGS__>();
   SM120_GEMM_TILES(CHECK_FORMATS)
   printf("%s: lane maps equal CuTe's\n", kSimulateNative ? "block-scaled MMA" : "f16 MMA");
 }
