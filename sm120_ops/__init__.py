@@ -11,7 +11,9 @@ from . import _load, nn
 from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
+from .ops.indexer import indexer_topk, mqa_cache_write
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.mqa import mqa_logits, paged_mqa_logits, paged_mqa_metadata
 from .ops.quantize import dequantize, quantize
 
 _load.load()
@@ -23,10 +25,15 @@ __all__ = [
     "gemm_nn",
     "gemm_tn",
     "gemm_tt",
+    "indexer_topk",
     "is_supported",
+    "mqa_cache_write",
+    "mqa_logits",
     "nn",
     "pack_fp4",
     "pack_scales",
+    "paged_mqa_logits",
+    "paged_mqa_metadata",
     "quantize",
     "transpose_fp4",
     "unpack_fp4",
