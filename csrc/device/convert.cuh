@@ -44,6 +44,11 @@ struct ScaleRule {
   uint32_t emax;
 };
 
+// Rule "deepgemm": max(amax, 1e-4) / max rounded up, max = 448 = 1.75 * 2^8 or 6 = 1.5 * 2^2.
+__host__ __device__ inline ScaleRule deepgemm_rule(bool fp4) {
+  return {bits_of(1e-4f), 0x007fffffu - (fp4 ? 0x00400000 : 0x00600000), fp4 ? 2u : 8u};
+}
+
 // Takes the bits of a float32 >= 0, Inf or NaN.
 __host__ __device__ inline uint32_t scale_byte(uint32_t amax, const ScaleRule& rule) {
   const uint32_t clamped = amax > rule.amax_floor ? amax : rule.amax_floor;

@@ -7,9 +7,14 @@
 namespace sm120 {
 
 // A K-major operand as bytes: [rows, row_bytes], rows `stride` bytes apart (both multiples of 16),
-// read in swizzled boxes of [box_rows, box_bytes] (64 or 128 bytes).
+// read in swizzled boxes of [box_rows, box_bytes] (32, 64 or 128 bytes; 16 bytes have no swizzle).
 CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
                         int box_rows, int box_bytes);
+
+// The same as pages: [pages, rows, row_bytes], rows adjacent and pages `page_stride` bytes apart (a
+// multiple of 16), read a whole page at a time. row_bytes 16, 32, 64 or 128.
+CUtensorMap page_map(const void* data, int64_t pages, int64_t rows, int64_t row_bytes,
+                     int64_t page_stride);
 
 // Canonical packed scales: int32 [rows, words] with the rows contiguous and words `stride` int32
 // apart, read in boxes of one word of box_rows rows.

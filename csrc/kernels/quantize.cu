@@ -357,10 +357,8 @@ unsigned grid_of(int64_t rows, uint32_t cols) {
 }
 
 ScaleRule rule_of(const QuantizeArgs& args) {
-  // The largest elements are 448 = 1.75 * 2^8 and 6 = 1.5 * 2^2.
   const uint32_t emax = args.fp4 ? 2 : 8;
-  if (args.ocp_rule) return {emax << 23, 0, emax};
-  return {bits_of(1e-4f), 0x007fffffu - (args.fp4 ? 0x00400000 : 0x00600000), emax};
+  return args.ocp_rule ? ScaleRule{emax << 23, 0, emax} : deepgemm_rule(args.fp4);
 }
 
 template <typename T>

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .. import _check
-from .layout import TAGS, check_out
+from .layout import TAGS, check_out, fresh
 from .mqa_check import BLOCK_SIZES, HEAD_DIMS, check_cache, check_ints, require_shape
 from .quantize import FORMATS
 
@@ -250,7 +250,7 @@ def _cache_write_cpu(
     data, words = torch.ops.sm120.quantize.default(k, format, 128 if format == "mxfp8" else 32)
     if format == "mxfp8":
         words = torch.ops.sm120.unpack_scales.default(words, 1, torch.float32)
-    data, scale = data.view(torch.uint8), words.contiguous().view(torch.uint8)
+    data, scale = data.view(torch.uint8), fresh(words).view(torch.uint8)
     width = data.shape[1]
     kept = (slots >= 0) & (slots < kv_cache.shape[0] * block_kv)
     block, row = (slots[kept] // block_kv).long(), (slots[kept] % block_kv).long()
