@@ -276,7 +276,11 @@ class MqaMma {
     }
   }
 
-  // Every 32-block's product is scaled by itself, except where the fragments have it already.
+  // What a 32-block's product lacks: nothing where the row's scales are in its fragments.
+  static __device__ __forceinline__ float block_scale(uint32_t word, int block) {
+    return RowScale<kBlocks>(word).regular ? 1.f : scale_value(word >> 8 * block & 0xff);
+  }
+  // Some row or column is irregular: every 32-block's product is scaled by itself.
   __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t words) {
     const uint32_t other = from_lane_xor(word_, 1);
     const bool odd = lane_id() % 2;
@@ -294,8 +298,8 @@ class MqaMma {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t q_word = lds32(words + 4 * (8 * j + lane_id() % 4 * 2 + e));
-          row[e] = fold_.k_regular ? 1.f : scale_value(own[e] >> 8 * b & 0xff);
-          column[e] = fold_.q_regular ? 1.f : scale_value(q_word >> 8 * b & 0xff);
+          row[e] = block_scale(own[e], b);
+          column[e] = block_scale(q_word, b);
         }
 #pragma unroll
         for (int x = 0; x < 4; ++x) acc[j][x] = fmaf(p[x], row[x / 2] * column[x % 2], acc[j][x]);

@@ -16,7 +16,7 @@
 namespace sm120 {
 
 // What a stage holds, written by the producer beside it.
-struct StageInfo {
+struct alignas(16) StageInfo {
   uint32_t pages;  // of a key stage: bit i set where page i was copied
   int row, rows;   // of a segment's first stage: its rows, 0 of them at the end of all work
   int first_key, tiles;
@@ -52,6 +52,7 @@ struct MqaTraits {
   static constexpr int kSumsAt = kCursorsAt + 2 * static_cast<int>(sizeof(Cursor));
   static constexpr int kSmemBytes = kSumsAt + kMqaThreads / kWarpSize * 8;
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 4);
+  static_assert(kFullAt % 8 == 0 && kScalesAt % 128 == 0 && kInfosAt % 16 == 0, "alignment");
   static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 512 == 0, "swizzle patterns");
 };
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
   for (int box = 0; box == 0 || box < boxes; box += T::kBoxes) {
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      if (box == 0) *ring.info() = {0, row, rows, s.first_key, s.tiles};
+      if (box == 0) *ring.info() = StageInfo{0, row, rows, s.first_key, s.tiles};
       const int count = min(T::kBoxes, boxes - box);
       mbarrier_expect_tx(ring.full(), count * T::kBoxBytes);
 #pragma unroll 1

@@ -17,7 +17,7 @@ struct KeyRange {
 __device__ __forceinline__ KeyRange row_keys(const MqaRows& r, int row) {
   if (r.starts != nullptr) {
     const int begin = max(r.starts[row], 0);
-    int end = min(r.ends[row], r.limit);
+    int end = max(min(r.ends[row], r.limit), 0);
     if (r.width > 0 && end - begin > r.width) end = begin + r.width;
     return {begin, max(end, begin)};
   }

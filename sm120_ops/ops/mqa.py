@@ -123,7 +123,8 @@ def _mqa_logits_cpu(*args: Any) -> torch.Tensor:
     *inputs, max_seqlen_k, clean, _ = args
     fake = _mqa_logits_fake(*args)
     out = torch.zeros_like(fake)  # not clean: anything may stand outside the windows
-    ragged_into(out, *inputs, max_seqlen_k > 0, clean)
+    call: tuple[Any, ...] = (out, *inputs, max_seqlen_k > 0, clean)
+    ragged_into(*call)
     return out
 
 
@@ -179,14 +180,16 @@ def _paged_mqa_logits_out_fake(
 @torch.library.impl(_lib, "paged_mqa_logits", "CPU")
 def _paged_mqa_logits_cpu(*args: Any) -> torch.Tensor:
     out = torch.zeros_like(_paged_mqa_logits_fake(*args))
-    paged_into(out, *args[:6], args[9])
+    call: tuple[Any, ...] = (out, *args[:6], args[9])
+    paged_into(*call)
     return out
 
 
 @torch.library.impl(_lib, "paged_mqa_logits.out", "CPU")
 def _paged_mqa_logits_out_cpu(*args: Any, out: torch.Tensor) -> None:
     _paged_mqa_logits_out_fake(*args, out=out)
-    paged_into(out, *args[:6], args[8])
+    call: tuple[Any, ...] = (out, *args[:6], args[8])
+    paged_into(*call)
 
 
 @torch.library.register_fake("sm120::paged_mqa_metadata", lib=_lib)
