@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
-    shrink_registers<48>();
+    shrink_registers<40>();
     if (warp == kMqaWarps) {
       produce_mqa<T>(p, ring, cursors[0], cursors[1]);
     } else if (p.clean) {
