@@ -12,10 +12,12 @@ from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
+from .ops.indexer import indexer_topk, mqa_cache_write
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
 from .ops.moe_activation import moe_activation
 from .ops.moe_layer import moe, moe_workspace_size
+from .ops.mqa import mqa_logits, paged_mqa_logits, paged_mqa_metadata
 from .ops.quantize import dequantize, quantize
 
 _load.load()
@@ -30,6 +32,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_masked",
     "grouped_gemm_psum",
+    "indexer_topk",
     "is_supported",
     "moe",
     "moe_activation",
@@ -37,9 +40,13 @@ __all__ = [
     "moe_combine",
     "moe_route",
     "moe_workspace_size",
+    "mqa_cache_write",
+    "mqa_logits",
     "nn",
     "pack_fp4",
     "pack_scales",
+    "paged_mqa_logits",
+    "paged_mqa_metadata",
     "quantize",
     "transpose_fp4",
     "unpack_fp4",

@@ -118,3 +118,36 @@ def test_both_targets_have_every_kernel() -> None:
     emulated = {kernel.name for kernel in sass.read_kernels(_load.LIBRARY, "sm_90a")}
     assert native == emulated
     assert native
+
+
+# ---- MQA logits ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mqa_kernels() -> list[sass.Kernel]:
+    found = sass.read_kernels(_load.LIBRARY, "sm_120f")
+    return [kernel for kernel in found if "mqa_logits<" in sass.short_name(kernel)]
+
+
+def test_mqa_kernels(mqa_kernels: list[sass.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{sass.table(mqa_kernels)}")
+    assert len(mqa_kernels) == 12
+    assert {kind(kernel) for kernel in mqa_kernels} == {"fp8", "fp4"}
+    for kernel in mqa_kernels:
+        assert all(re.match(r"(QMMA|OMMA)\.SF\.", opcode) for opcode in kernel.mma_opcodes)
+        assert kernel.stack == 0, f"{kernel.name} spills"
+        assert kernel.registers <= MAX_REGISTERS
+        assert kernel.static_shared <= 1024, kernel.name  # what the system reserves
+        (loop,) = kernel.mma_loops
+        assert loop.releases > 0
+        assert loop.unfenced_releases() == [], kernel.name
+
+
+def test_mqa_loads_keys_once_for_all_heads(mqa_kernels: list[sass.Kernel]) -> None:
+    """An ldmatrix brings the keys of one MMA step; each is used for every tile of 8 heads."""
+    for kernel in mqa_kernels:
+        (loop,) = kernel.mma_loops
+        tiles = int(re.findall(r"\d+", sass.short_name(kernel))[-1])
+        loads = sum(1 for i in loop.body if i.opcode.startswith("LDSM"))
+        assert loads * tiles == loop.mmas, kernel.name

@@ -11,6 +11,10 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ void* smem_pointer(uint32_t address) {
+  return __cvta_shared_to_generic(address);
+}
+
 // Keeps the compiler from recomputing a value (the shared-memory base costs it several
 // instructions in every loop iteration) instead of holding it in a register.
 __device__ __forceinline__ uint32_t opaque(uint32_t v) {
@@ -52,6 +56,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
       "}\n" ::"r"(bar),
       "r"(parity)
       : "memory");
+}
+
+// Barrier of the warps that name the same id (1 .. 15; 0 is __syncthreads). PTX ISA "bar.sync".
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Position in a ring of kStages slots: slot index and the parity of its current use.

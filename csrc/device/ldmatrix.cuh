@@ -57,12 +57,13 @@ __device__ __forceinline__ void sts128(uint32_t address, int4 v) {
 }
 
 // Byte offset in a tile that TMA wrote with the swizzle of its row width: 16-byte chunks are
-// permuted within 128-byte lines (CU_TENSOR_MAP_SWIZZLE_128B / _64B). A whole multiple of 8 rows
-// may be added to the result, and bits of the column XORed into it.
+// permuted within 128-byte lines (CU_TENSOR_MAP_SWIZZLE_128B / _64B / _32B, none for 16 bytes). A
+// whole multiple of 8 rows may be added to the result, and bits of the column XORed into it.
 template <int kRowBytes>
 __host__ __device__ constexpr uint32_t swizzled(int row, int column_byte) {
-  static_assert(kRowBytes == 64 || kRowBytes == 128);
-  using Swizzle = cute::Swizzle<kRowBytes == 128 ? 3 : 2, 4, 3>;
+  static_assert(kRowBytes == 16 || kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
+  constexpr int kBits = kRowBytes == 128 ? 3 : kRowBytes / 32;
+  using Swizzle = cute::Swizzle<kBits, 4, 3>;
   return static_cast<uint32_t>(Swizzle::apply(row * kRowBytes + column_byte));
 }
 

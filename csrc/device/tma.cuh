@@ -19,7 +19,7 @@ __device__ __forceinline__ void tma_load_2d(uint32_t dst, const CUtensorMap* map
       : "memory");
 }
 
-// The same of matrix z.
+// The same of a 3-D tensor; z is the outermost coordinate.
 __device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap* map, uint32_t full_bar,
                                             int x, int y, int z) {
   asm volatile(

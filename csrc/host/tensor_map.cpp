@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -24,47 +25,87 @@ Encode find_encoder() {
   return reinterpret_cast<Encode>(entry);
 }
 
-CUtensorMap encode(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[3],
-                   const cuuint64_t (&strides)[2], const cuuint32_t (&box)[3],
-                   CUtensorMapSwizzle swizzle) {
+struct Dimension {
+  uint64_t size, stride_bytes;  // the stride of the first, contiguous one is not used
+  uint32_t box;
+};
+
+CUtensorMap encode(CUtensorMapDataType type, const void* data,
+                   std::initializer_list<Dimension> list, CUtensorMapSwizzle swizzle) {
   static const Encode encoder = find_encoder();
-  const cuuint32_t steps[3] = {1, 1, 1};
+  constexpr int kMost = 3;
+  cuuint64_t sizes[kMost], strides[kMost];
+  cuuint32_t box[kMost];
+  const cuuint32_t steps[kMost] = {1, 1, 1};
+  int rank = 0;
+  for (const Dimension& d : list) {
+    sizes[rank] = d.size;
+    box[rank] = d.box;
+    if (rank > 0) strides[rank - 1] = d.stride_bytes;
+    ++rank;
+  }
   CUtensorMap map;
   const CUresult result =
-      encoder(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps,
+      encoder(&map, type, rank, const_cast<void*>(data), sizes, strides, box, steps,
               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("sm120_ops: cuTensorMapEncodeTiled failed with error " +
-                             std::to_string(result) + " for a [" + std::to_string(sizes[2]) + ", " +
-                             std::to_string(sizes[1]) + ", " + std::to_string(sizes[0]) +
-                             "] tensor of strides " + std::to_string(strides[1]) + " and " +
-                             std::to_string(strides[0]) + " bytes");
+    std::string text = "sm120_ops: cuTensorMapEncodeTiled failed with error " +
+                       std::to_string(result) + " for a tensor of";
+    for (const Dimension& d : list) {
+      text += " " + std::to_string(d.size) + " every " + std::to_string(d.stride_bytes) + " bytes,";
+    }
+    throw std::runtime_error(text);
   }
   return map;
 }
 
-cuuint64_t unsigned_size(int64_t v) {
-  return static_cast<cuuint64_t>(v);
+CUtensorMapSwizzle swizzle_of(int64_t row_bytes) {
+  switch (row_bytes) {
+    case 128:
+      return CU_TENSOR_MAP_SWIZZLE_128B;
+    case 64:
+      return CU_TENSOR_MAP_SWIZZLE_64B;
+    case 32:
+      return CU_TENSOR_MAP_SWIZZLE_32B;
+    default:
+      return CU_TENSOR_MAP_SWIZZLE_NONE;
+  }
 }
 
 }  // namespace
 
+CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
+                        int box_rows, int box_bytes) {
+  return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data,
+                {{uint64_t(row_bytes), 0, uint32_t(box_bytes)},
+                 {uint64_t(rows), uint64_t(stride), uint32_t(box_rows)}},
+                swizzle_of(box_bytes));
+}
+
 CUtensorMap operand_map(const void* data, int64_t groups, int64_t rows, int64_t row_bytes,
                         int64_t group_stride, int64_t stride, int box_rows, int box_bytes) {
   return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data,
-                {unsigned_size(row_bytes), unsigned_size(rows), unsigned_size(groups)},
-                {unsigned_size(stride), unsigned_size(group_stride)},
-                {static_cast<cuuint32_t>(box_bytes), static_cast<cuuint32_t>(box_rows), 1},
-                box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+                {{uint64_t(row_bytes), 0, uint32_t(box_bytes)},
+                 {uint64_t(rows), uint64_t(stride), uint32_t(box_rows)},
+                 {uint64_t(groups), uint64_t(group_stride), 1}},
+                swizzle_of(box_bytes));
+}
+
+CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t stride, int box_rows) {
+  return encode(
+      CU_TENSOR_MAP_DATA_TYPE_INT32, data,
+      {{uint64_t(rows), 0, uint32_t(box_rows)}, {uint64_t(words), 4 * uint64_t(stride), 1}},
+      CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 CUtensorMap scale_map(const void* data, int64_t groups, int64_t rows, int64_t words,
                       int64_t group_stride, int64_t stride, int box_rows) {
   return encode(CU_TENSOR_MAP_DATA_TYPE_INT32, data,
-                {unsigned_size(rows), unsigned_size(words), unsigned_size(groups)},
-                {unsigned_size(4 * stride), unsigned_size(4 * group_stride)},
-                {static_cast<cuuint32_t>(box_rows), 1, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+                {{uint64_t(rows), 0, uint32_t(box_rows)},
+                 {uint64_t(words), 4 * uint64_t(stride), 1},
+                 {uint64_t(groups), 4 * uint64_t(group_stride), 1}},
+                CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace sm120

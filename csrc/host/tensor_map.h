@@ -6,15 +6,21 @@
 
 namespace sm120 {
 
-// A K-major operand as bytes: [groups, rows, row_bytes], groups and rows `group_stride` and
-// `stride` bytes apart (all multiples of 16), read in swizzled boxes of [box_rows, box_bytes] (64
-// or 128 bytes).
+// A K-major operand as bytes: [rows, row_bytes], rows `stride` bytes apart (both multiples of 16),
+// read in swizzled boxes of [box_rows, box_bytes] (32, 64 or 128 bytes; 16 bytes have no swizzle).
+CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
+                        int box_rows, int box_bytes);
+
+// The same as [groups, rows, row_bytes], groups `group_stride` bytes apart (a multiple of 16), read
+// in boxes of one group.
 CUtensorMap operand_map(const void* data, int64_t groups, int64_t rows, int64_t row_bytes,
                         int64_t group_stride, int64_t stride, int box_rows, int box_bytes);
 
-// Packed scales: int32 [groups, rows, words] with the rows contiguous; groups and words
-// `group_stride` and `stride` int32 apart (multiples of 4), read in boxes of one word of box_rows
-// rows.
+// Canonical packed scales: int32 [rows, words] with the rows contiguous and words `stride` int32
+// apart, read in boxes of one word of box_rows rows.
+CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t stride, int box_rows);
+
+// The same as [groups, rows, words], groups `group_stride` int32 apart (a multiple of 4).
 CUtensorMap scale_map(const void* data, int64_t groups, int64_t rows, int64_t words,
                       int64_t group_stride, int64_t stride, int box_rows);
 

@@ -3,6 +3,16 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, grouped, layout, moe, moe_activation, moe_layer, quantize
+from . import gemm, grouped, indexer, layout, moe, moe_activation, moe_layer, mqa, quantize
 
-__all__ = ["gemm", "grouped", "layout", "moe", "moe_activation", "moe_layer", "quantize"]
+__all__ = [
+    "gemm",
+    "grouped",
+    "indexer",
+    "layout",
+    "moe",
+    "moe_activation",
+    "moe_layer",
+    "mqa",
+    "quantize",
+]

@@ -1,0 +1,10 @@
+// MQA logits of MXFP4 queries and keys
+#include "kernels/mqa_instances.cuh"
+
+namespace sm120 {
+
+MqaInstance mqa_instance_fp4(int head_dim, int tiles) {
+  return find_mqa_instance<Format::kFp4>(head_dim, tiles);
+}
+
+}  // namespace sm120

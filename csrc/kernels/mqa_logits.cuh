@@ -1,0 +1,440 @@
+// MQA logits, one kernel for ragged and paged keys, FP8 and FP4.
+//
+// A persistent CTA of 12 warps: one copies query and key tiles by TMA into a ring of stages, eight
+// multiply and store, the last three fill what is outside the windows with -inf. For each segment
+// (some rows that share a pass over some key tiles) the ring carries the rows' queries first, which
+// the math warps keep in registers, and then the keys, 128 a stage. The math warps share a segment
+// out as query boxes (8 * NT heads of columns) times interleaved groups of 16 keys.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "device/launch.cuh"
+#include "device/mqa_mma.cuh"
+#include "device/tma.cuh"
+#include "kernels/mqa_schedule.cuh"
+
+namespace sm120 {
+
+// What a stage holds, written by the producer beside it.
+struct alignas(16) StageInfo {
+  uint32_t pages;  // of a key stage: bit i set where page i was copied
+  int row, rows;   // of a segment's first stage: its rows, 0 of them at the end of all work
+  int first_key, tiles;
+};
+
+template <Format kFormat, int kDim, int kTiles>
+struct MqaTraits {
+  static constexpr int NT = kTiles;
+  static constexpr int kColumns = 8 * NT;  // heads of a query box, the share of a math warp
+  using Mma = MqaMma<kFormat, kDim, NT>;
+  static constexpr bool kFp4 = Mma::kFp4;
+  static constexpr int kRowBytes = Mma::kRowBytes;
+  static constexpr int kGroups = kTileKeys / 16;       // groups of 16 keys in a stage
+  static constexpr int kBoxes = kTileKeys / kColumns;  // query boxes that fit a stage
+  static constexpr int kBoxBytes = kColumns * kRowBytes;
+
+  // Shared-memory map: stages | their scales | column weights and scale words | partner sums |
+  // stage infos | full | empty | cursors
+  static constexpr int kStageBytes = kTileKeys * kRowBytes;
+  static constexpr int kScaleBytes = 8 * kTileKeys;  // pages of 16 keys lie 128 bytes apart
+  static constexpr int kFixedBytes = kMqaWarps * kColumns * 8 + kMqaWarps / 2 * 2 * 16 * 4 + 256;
+  static constexpr int kPerStage =
+      kStageBytes + kScaleBytes + static_cast<int>(sizeof(StageInfo)) + 16;
+  static constexpr int kMostStages = (kSmemLimit - kFixedBytes) / kPerStage;
+  static constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  static constexpr int kScalesAt = kStages * kStageBytes;
+  static constexpr int kColumnsAt = kScalesAt + kStages * kScaleBytes;
+  static constexpr int kPartnersAt = kColumnsAt + kMqaWarps * kColumns * 8;
+  static constexpr int kInfosAt = kPartnersAt + kMqaWarps / 2 * 2 * 16 * 4;
+  static constexpr int kFullAt = kInfosAt + kStages * static_cast<int>(sizeof(StageInfo));
+  static constexpr int kEmptyAt = kFullAt + 8 * kStages;
+  static constexpr int kCursorsAt = kEmptyAt + 8 * kStages;
+  static constexpr int kSumsAt = kCursorsAt + 2 * static_cast<int>(sizeof(Cursor));
+  static constexpr int kSmemBytes = kSumsAt + kMqaThreads / kWarpSize * 8;
+  static_assert(kSmemBytes <= kSmemLimit && kStages >= 4);
+  static_assert(kFullAt % 8 == 0 && kScalesAt % 128 == 0 && kInfosAt % 16 == 0, "alignment");
+  static_assert(kStageBytes % 1024 == 0 && kBoxBytes % 512 == 0, "swizzle patterns");
+};
+
+// A role's position in the ring of stages.
+template <class T>
+struct MqaRing {
+  RingState<T::kStages> at;
+  uint32_t base;  // shared-memory address of the map
+
+  __device__ uint32_t data() const { return base + at.stage * T::kStageBytes; }
+  __device__ uint32_t scales() const { return base + T::kScalesAt + at.stage * T::kScaleBytes; }
+  __device__ uint32_t pages() const {
+    return base + T::kInfosAt + at.stage * static_cast<int>(sizeof(StageInfo));
+  }
+  __device__ StageInfo* info() const { return static_cast<StageInfo*>(smem_pointer(pages())); }
+  __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
+  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  __device__ void release() {
+    release_stage(empty());
+    at.advance();
+  }
+};
+
+// ---- Producer: one warp ------------------------------------------------------------------------
+
+// Queries of `rows` rows from `row` on; the first stage describes the segment.
+template <class T>
+__device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& ring, const Segment& s,
+                                             int row, int rows) {
+  const int boxes = (rows * p.heads + T::kColumns - 1) / T::kColumns;
+#pragma unroll 1
+  for (int box = 0; box == 0 || box < boxes; box += T::kBoxes) {
+    mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
+    if (lane_id() == 0) {
+      if (box == 0) *ring.info() = StageInfo{0, row, rows, s.first_key, s.tiles};
+      const int count = min(T::kBoxes, boxes - box);
+      mbarrier_expect_tx(ring.full(), count * T::kBoxBytes);
+#pragma unroll 1
+      for (int b = 0; b < count; ++b) {
+        tma_load_2d(ring.data() + b * T::kBoxBytes, &p.q, ring.full(), 0,
+                    row * p.heads + (box + b) * T::kColumns);
+      }
+    }
+    __syncwarp();
+    ring.at.advance();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void copy_ragged_keys(const MqaParams& p, MqaRing<T>& ring,
+                                                 const Segment& s) {
+#pragma unroll 1
+  for (int tile = 0; tile < s.tiles; ++tile) {
+    mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
+    if (lane_id() == 0) {
+      ring.info()->pages = 1;
+      mbarrier_expect_tx(ring.full(), T::kStageBytes + 4 * kTileKeys);
+      const int key = s.first_key + tile * kTileKeys;
+      tma_load_2d(ring.data(), &p.k, ring.full(), 0, key);
+      tma_load_2d(ring.scales(), &p.k_scale, ring.full(), key, 0);
+    }
+    __syncwarp();
+    ring.at.advance();
+  }
+}
+
+// Lane i copies page i of a tile. A block id outside the cache copies nothing; the consumers see it
+// in StageInfo::pages.
+template <class T>
+__device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& ring,
+                                                const Segment& s) {
+  int sequence = s.cell.row / p.rows.cell_rows;
+  if (p.rows.indices != nullptr) {  // varlen: the row that sees most has the longest table
+    sequence = s.cell.row;
+#pragma unroll 1
+    for (int i = 1; i < s.cell.rows; ++i) {
+      if (p.rows.ends[s.cell.row + i] > p.rows.ends[sequence]) sequence = s.cell.row + i;
+    }
+  }
+  const int32_t* table = p.block_table + static_cast<int64_t>(sequence) * p.table_stride;
+  const int in_tile = kTileKeys / p.block_kv;
+  const int pages = (cell_keys<1>(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
+  const int page_bytes = p.block_kv * T::kRowBytes;
+  int page = s.tile * in_tile + lane_id();
+  const auto block_at = [&](int i) { return lane_id() < in_tile && i < pages ? table[i] : -1; };
+  int block = block_at(page);
+#pragma unroll 1
+  for (int tile = 0; tile < s.tiles; ++tile) {
+    page += in_tile;
+    const int next = tile + 1 < s.tiles ? block_at(page) : -1;
+    const bool known = block >= 0 && block < p.num_blocks;
+    const uint32_t copied = lanes_where(known);
+    mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
+    if (lane_id() == 0) {
+      ring.info()->pages = copied;
+      mbarrier_expect_tx(ring.full(), __popc(copied) * (page_bytes + 4 * p.block_kv));
+    }
+    __syncwarp();
+    if (known) {
+      tma_load_3d(ring.data() + lane_id() * page_bytes, &p.k, ring.full(), 0, 0, block);
+      tma_load_2d(ring.scales() + lane_id() * max(4 * p.block_kv, 128), &p.k_scale, ring.full(), 0,
+                  block);
+    }
+    block = next;
+    ring.at.advance();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
+                                            Cursor to) {
+  tma_prefetch_map(&p.q);
+  if (p.num_blocks > 0) {
+    tma_prefetch_map(&p.k);
+    tma_prefetch_map(&p.k_scale);
+  }
+  const int most_rows = kMqaWarps * T::kColumns / p.heads;  // a pass
+  SegmentWalk walk(p.rows, from, to);
+  for (Segment s; walk.next(p.rows, s);) {
+#pragma unroll 1
+    for (int first = 0; first < s.cell.rows; first += most_rows) {
+      copy_queries(p, ring, s, s.cell.row + first, min(most_rows, s.cell.rows - first));
+      if (p.rows.starts != nullptr) {
+        copy_ragged_keys(p, ring, s);
+      } else {
+        copy_paged_keys(p, ring, s);
+      }
+    }
+  }
+  copy_queries(p, ring, Segment{}, 0, 0);
+  pdl_launch_dependents();
+}
+
+// ---- Consumer: eight warps ---------------------------------------------------------------------
+
+__device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, float value) {
+  if (p.bf16) {
+    static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(value);
+  } else {
+    static_cast<float*>(p.out)[at] = value;
+  }
+}
+
+// One warp's share of a segment: the heads of one query box, every key_warps-th group of 16 keys.
+struct Share {
+  int row;          // of the box's first query
+  int queries;      // that the box holds, 0 of a warp without work
+  KeyRange window;  // lane i: of query i
+  int key_shift;    // log2(key_warps)
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t own_columns(uint32_t base) {
+  return base + T::kColumnsAt + threadIdx.x / kWarpSize * T::kColumns * 8;
+}
+
+template <class T>
+__device__ __forceinline__ Share take_share(const MqaParams& p, const MqaRing<T>& ring, int row,
+                                            int rows, int boxes) {
+  const int warp = threadIdx.x / kWarpSize, lane = lane_id();
+  Share share;
+  share.key_shift = 3;
+  while (kMqaWarps >> share.key_shift < boxes) --share.key_shift;
+  const int box = warp >> share.key_shift;
+  const int first = box * T::kColumns / p.heads;
+  share.row = row + first;
+  share.queries = max(0, min(rows - first, max(T::kColumns / p.heads, 1)));
+  share.window = {0x7fffffff, 0};
+  if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
+  if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
+
+  // The columns' weights and scale words; only this warp reads them.
+  const uint32_t columns = own_columns<T>(ring.base);
+#pragma unroll 1
+  for (int c = lane; c < T::kColumns; c += kWarpSize) {
+    const int query = (box * T::kColumns + c) / p.heads, head = (box * T::kColumns + c) % p.heads;
+    float weight = 0;
+    uint32_t word = 0x7f7f7f7f;
+    if (query < rows) {
+      const int64_t at = static_cast<int64_t>(row) + query;
+      weight = p.weights[at * p.weights_stride + head];
+      if constexpr (T::kFp4) word = p.q_scale[at * p.heads + head];
+    }
+    sts_float(columns + 4 * c, weight * T::Mma::column_factor(word));
+    sts_float(columns + 4 * (T::kColumns + c), __uint_as_float(word));
+  }
+  __syncwarp();
+  return share;
+}
+
+// H > columns: two warps have the halves of a query's heads. One hands its sums to the other, in
+// two slots by turns, so that one barrier a group is enough.
+template <class T>
+__device__ __forceinline__ bool join_halves(uint32_t base, const Share& share, int key,
+                                            float& sum) {
+  const int warp = threadIdx.x / kWarpSize, box = warp >> share.key_shift, t = lane_id() % 4;
+  const int pair = (box / 2 << share.key_shift) + warp - (box << share.key_shift);
+  const uint32_t slot = base + T::kPartnersAt + pair * 128 +
+                        (key >> (4 + share.key_shift)) % 2 * 64 + 4 * (lane_id() / 4 + 8 * (t % 2));
+  if (box % 2 && t < 2) sts_float(slot, sum);
+  named_barrier(1 + pair, 2 * kWarpSize);
+  if (box % 2 == 0) sum += __uint_as_float(lds32(slot));
+  return box % 2 == 0;
+}
+
+// Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
+// copied. Lane 4g + t ends up with the sum of key g + 8 * (t % 2).
+template <class T>
+__device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, const Share& share,
+                                            const float (&acc)[T::NT][4], int key, bool known,
+                                            float factor) {
+  const int t = lane_id() % 4;
+  const uint32_t columns = own_columns<T>(base) + 8 * t;
+  float sum[T::NT][2];  // keys g and g + 8, of each 8 heads
+#pragma unroll
+  for (int j = 0; j < T::NT; ++j) {
+    float w0, w1;
+    lds_floats(w0, w1, columns + 32 * j);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[j][h] = fmaf(relu(acc[j][2 * h + 1]), w1, relu(acc[j][2 * h]) * w0);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < T::NT; step *= 2) {
+    if (p.heads <= 8 * step) break;
+#pragma unroll
+    for (int j = 0; j < T::NT; j += 2 * step) {
+      sum[j][0] += sum[j + step][0], sum[j][1] += sum[j + step][1];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < T::NT; ++j) {
+    if (8 * j % p.heads != 0) continue;
+    const int query = 8 * j / p.heads;
+    if (query >= share.queries) break;
+    float value = t % 2 ? sum[j][1] : sum[j][0];
+    value += from_lane_xor(t % 2 ? sum[j][0] : sum[j][1], 1);
+    value += from_lane_xor(value, 2);
+    if (j == 0 && p.heads > T::kColumns && !join_halves<T>(base, share, key, value)) return;
+    const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
+    const int own = key + lane_id() / 4 + 8 * (t % 2);
+    if (t < 2 && own >= window.begin && own < window.end) {
+      const int column = p.rows.width > 0 ? own - window.begin : own;
+      store_logit(p, static_cast<int64_t>(share.row + query) * p.out_stride + column,
+                  known ? value * factor : -INFINITY);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int tile_key,
+                                              int tiles, const Share& share, typename T::Mma& mma) {
+  typename T::Mma::Keys keys;
+  int group = T::kGroups, next_key = 0;
+  bool next_known = false, stage_done = false;
+  tile_key -= kTileKeys;
+  // Loads the next group of keys that this warp's queries may see; false at the end.
+  const auto fetch = [&] {
+    while (group >= T::kGroups) {
+      if (--tiles < 0) return false;
+      tile_key += kTileKeys;
+      mbarrier_wait(ring.full(), ring.at.parity);
+      if (tile_key < max_of_warp(share.window.end) &&
+          tile_key + kTileKeys > min_of_warp(share.window.begin)) {
+        group = threadIdx.x / kWarpSize & ((1 << share.key_shift) - 1);
+      } else {
+        ring.release();
+      }
+    }
+    mma.load_keys(keys, ring.data(), 16 * group, ring.scales() + (16 * group << p.scale_shift));
+    next_key = tile_key + 16 * group;
+    next_known = lds32(ring.pages()) >> (16 * group >> p.page_shift) & 1;
+    group += 1 << share.key_shift;
+    stage_done = group >= T::kGroups;
+    return true;
+  };
+  if (!fetch()) return;
+  mma.start(keys);
+  for (bool more = true; more;) {
+    const int key = next_key;
+    const bool known = next_known;
+    const float factor = mma.row_factor();
+    if (stage_done) {  // all of its keys are in registers
+      ring.release();
+      stage_done = false;
+    }
+    more = fetch();
+    float acc[T::NT][4];
+    mma.multiply(acc, keys, own_columns<T>(ring.base) + 4 * T::kColumns);
+    finish_keys<T>(p, ring.base, share, acc, key, known, factor);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring) {
+  typename T::Mma mma;
+  while (true) {
+    mbarrier_wait(ring.full(), ring.at.parity);
+    const StageInfo info = *ring.info();
+    if (info.rows == 0) return;
+    const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
+    const Share share = take_share(p, ring, info.row, info.rows, boxes);
+    const int box = threadIdx.x / kWarpSize >> share.key_shift;
+#pragma unroll 1
+    for (int first = 0; first < boxes; first += T::kBoxes) {
+      mbarrier_wait(ring.full(), ring.at.parity);
+      if (box >= first && box < min(first + T::kBoxes, boxes)) {
+        mma.load_queries(ring.data() + (box - first) * T::kBoxBytes,
+                         own_columns<T>(ring.base) + 4 * T::kColumns);
+      }
+      ring.release();
+    }
+    multiply_keys(p, ring, info.first_key, info.tiles, share, mma);
+  }
+}
+
+// ---- Fill: three warps -------------------------------------------------------------------------
+
+// Writes -inf outside the windows of all rows, in pieces that the grid's fill warps share out.
+__device__ __forceinline__ void fill_outside(const MqaParams& p, int warp, int warps) {
+  constexpr int kPiece = 4096;
+  const uint32_t pieces = (p.columns + kPiece - 1) / kPiece;
+  const uint32_t total = p.rows.num_rows * pieces;  // below 2^31: the logits would not fit else
+  for (uint32_t i = blockIdx.x * warps + warp; i < total; i += gridDim.x * warps) {
+    const int row = i / pieces;
+    const int begin = static_cast<int>(i - row * pieces) * kPiece;
+    const int end = min(begin + kPiece, p.columns);
+    KeyRange window = row_keys(p.rows, row);
+    if (p.rows.width > 0) window = {0, window.end - window.begin};
+    if (window.begin >= window.end) window = {end, end};
+    const int64_t at = static_cast<int64_t>(row) * p.out_stride;
+#pragma unroll 1
+    for (int c = begin + lane_id(); c < min(end, window.begin); c += kWarpSize) {
+      store_logit(p, at + c, -INFINITY);
+    }
+#pragma unroll 1
+    for (int c = max(begin, window.end) + lane_id(); c < end; c += kWarpSize) {
+      store_logit(p, at + c, -INFINITY);
+    }
+  }
+}
+
+// ---- Kernel ------------------------------------------------------------------------------------
+
+template <class T>
+__global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_constant__ MqaParams p) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  MqaRing<T> ring;
+  ring.base = opaque(smem_address(smem));
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < T::kStages; ++s) {
+      mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
+      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMqaWarps);
+    }
+    mbarrier_init_fence();
+  }
+  pdl_wait();  // global memory may be touched from here on
+  constexpr int kWarps = kMqaThreads / kWarpSize;
+  auto* cursors = reinterpret_cast<Cursor*>(smem + T::kCursorsAt);
+  if (p.metadata != nullptr) {
+    if (threadIdx.x < 4) {
+      reinterpret_cast<int32_t*>(cursors)[threadIdx.x] = p.metadata[2 * blockIdx.x + threadIdx.x];
+    }
+  } else {
+    find_cursors<kWarps>(p.rows, gridDim.x, blockIdx.x, blockIdx.x + 1, cursors,
+                         *reinterpret_cast<int64_t (*)[kWarps]>(smem + T::kSumsAt));
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / kWarpSize;
+  if (warp >= kMqaWarps) {
+    shrink_registers<40>();
+    if (warp == kMqaWarps) {
+      produce_mqa<T>(p, ring, cursors[0], cursors[1]);
+    } else if (p.clean) {
+      fill_outside(p, warp - kMqaWarps - 1, kWarps - kMqaWarps - 1);
+    }
+    return;
+  }
+  grow_registers<232>();
+  consume_mqa<T>(p, ring);
+}
+
+}  // namespace sm120

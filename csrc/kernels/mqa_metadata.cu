@@ -1,0 +1,24 @@
+// The schedule of paged MQA logits, worked out once for several calls.
+#include "kernels/mqa_schedule.cuh"
+
+namespace sm120 {
+namespace {
+
+constexpr int kWarps = 32;
+
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    mqa_metadata(const __grid_constant__ MqaRows rows, int ctas, Cursor* cursors) {
+  __shared__ int64_t sums[kWarps];
+  find_cursors<kWarps>(rows, ctas, 0, ctas, cursors, sums);
+}
+
+}  // namespace
+
+cudaError_t launch_mqa_metadata(const MqaRows& rows, int ctas, int32_t* cursors,
+                                cudaStream_t stream) {
+  mqa_metadata<<<1, kWarps * kWarpSize, 0, stream>>>(rows, ctas,
+                                                     reinterpret_cast<Cursor*>(cursors));
+  return cudaGetLastError();
+}
+
+}  // namespace sm120

@@ -1,0 +1,181 @@
+// How the work of MQA logits is divided: the key tiles of all cells are laid end to end and cut
+// into equal ranges, one a CTA. A cursor (cell, tile) is where a range starts. Cursors come from
+// the metadata op, or each CTA finds its own two: the same code does both.
+#pragma once
+#include "device/arch.cuh"
+#include "device/barrier.cuh"
+#include "device/warp.cuh"
+#include "kernels/mqa.h"
+
+namespace sm120 {
+
+struct KeyRange {
+  int begin, end;  // empty unless begin < end
+};
+
+// The keys that a row sees.
+__device__ __forceinline__ KeyRange row_keys(const MqaRows& r, int row) {
+  if (r.starts != nullptr) {
+    const int begin = max(r.starts[row], 0);
+    int end = max(min(r.ends[row], r.limit), 0);
+    if (r.width > 0 && end - begin > r.width) end = begin + r.width;
+    return {begin, max(end, begin)};
+  }
+  if (r.length_a_row) return {0, min(r.ends[row], r.limit)};
+  // One length a sequence is its last row's; the others see one key less each.
+  const int sequence = row / r.cell_rows;
+  const int back = r.cell_rows - 1 - (row - sequence * r.cell_rows);
+  return {0, min(max(r.ends[sequence], 0) - back, r.limit)};
+}
+
+struct Cell {
+  int row;   // the first
+  int rows;  // 0: the rows belong to an earlier cell
+};
+
+__device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
+  if (r.indices == nullptr) {
+    const int row = cell * r.cell_rows;
+    return {row, min(r.cell_rows, r.num_rows - row)};
+  }
+  const int last = min((cell / r.cell_rows + 1) * r.cell_rows, r.cells);
+  if (cell % r.cell_rows != 0 && r.indices[cell - 1] == r.indices[cell]) return {cell, 0};
+  int end = cell + 1;
+#pragma unroll 1
+  while (end < last && r.indices[end] == r.indices[cell]) ++end;
+  return {cell, end - cell};
+}
+
+// All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
+// kAtOnce: rows whose windows are loaded together.
+template <int kAtOnce>
+__device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
+  KeyRange keys{0x7fffffff, 0};
+  if (r.starts == nullptr && !r.length_a_row) {
+    if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
+  } else {
+#pragma unroll kAtOnce
+    for (int i = 0; i < cell.rows; ++i) {
+      const KeyRange row = row_keys(r, cell.row + i);
+      if (row.begin >= row.end) continue;
+      keys.begin = min(keys.begin, row.begin);
+      keys.end = max(keys.end, row.end);
+    }
+  }
+  if (keys.begin >= keys.end) return {0, 0};
+  return {keys.begin / 16 * 16, keys.end};
+}
+
+__device__ __forceinline__ int tiles_of(const KeyRange& keys) {
+  return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
+}
+
+struct Cursor {
+  int cell, tile;
+};
+
+// Writes the cursors of ranges first .. last of `ctas` to out[0 ..]; range c starts at unit
+// c * total / ctas. Every thread of a block of kWarps warps must call it; `sums` is shared memory.
+template <int kWarps>
+__device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int first, int last,
+                                             Cursor* out, int64_t (&sums)[kWarps]) {
+  const int warp = threadIdx.x / kWarpSize, lane = lane_id();
+  // Each warp takes a contiguous part of the cells, 32 at a time.
+  const int part = (r.cells / (kWarps * kWarpSize) + 1) * kWarpSize;
+  const int begin = min(warp * part, r.cells), end = min(begin + part, r.cells);
+  int64_t sum = 0;
+#pragma unroll 1
+  for (int cell = begin + lane; cell < end; cell += kWarpSize) {
+    sum += tiles_of(cell_keys<8>(r, cell_at(r, cell)));
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) sum += from_lane_xor(sum, d);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  int64_t before = 0, total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) before = total;
+    total += sums[w];
+  }
+  const auto unit = [&](int c) { return c * total / ctas; };
+  // Ranges that start behind the last tile.
+#pragma unroll 1
+  for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kWarps * kWarpSize) {
+    if (unit(c) == total) out[c - first] = {r.cells, 0};
+  }
+  if (sum == 0 || unit(last) < before || unit(first) >= before + sum) return;
+#pragma unroll 1
+  for (int base = begin; base < end; base += kWarpSize) {
+    const int cell = base + lane;
+    const int tiles = cell < end ? tiles_of(cell_keys<8>(r, cell_at(r, cell))) : 0;
+    int64_t upto = tiles;  // inclusive prefix over the warp
+#pragma unroll
+    for (int d = 1; d < kWarpSize; d *= 2) {
+      const int64_t below = from_lane_below(upto, d);
+      if (lane >= d) upto += below;
+    }
+    const int64_t stop = before + upto, start = stop - tiles;
+    if (tiles > 0 && unit(last) >= start && unit(first) < stop) {
+      // The first range that does not start before this cell does.
+      int c = max(first, static_cast<int>((start * ctas + total - 1) / total));
+#pragma unroll 1
+      for (; c <= last && unit(c) < stop; ++c) {
+        out[c - first] = {cell, static_cast<int>(unit(c) - start)};
+      }
+    }
+    before += from_lane(upto, kWarpSize - 1);
+  }
+}
+
+// One CTA's share of a cell.
+struct Segment {
+  Cell cell;
+  int first_key;  // of tile `tile`
+  int tile, tiles;
+};
+
+// Walks from one cursor to another; all lanes of a warp together, each looking at one of the next
+// 32 cells. Cursors may be anything: they are cut to the cells and tiles there are.
+class SegmentWalk {
+ public:
+  __device__ SegmentWalk(const MqaRows& r, Cursor from, Cursor to)
+      : at_{max(from.cell, 0), max(from.tile, 0)}, to_(to), seen_(-kWarpSize) {
+    if (to_.cell >= r.cells) to_ = {r.cells, 0};
+  }
+
+  __device__ bool next(const MqaRows& r, Segment& s) {
+    while (at_.cell < to_.cell || (at_.cell == to_.cell && at_.tile < to_.tile)) {
+      if (at_.cell >= seen_ + kWarpSize) {
+        seen_ = at_.cell;
+        const int cell = seen_ + lane_id();
+        tiles_ = cell < r.cells ? tiles_of(cell_keys<1>(r, cell_at(r, cell))) : 0;
+      }
+      const int skipped = at_.cell - seen_;
+      const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
+      if (rest == 0) {
+        at_ = {seen_ + kWarpSize, 0};
+        continue;
+      }
+      const int lane = skipped + __ffs(rest) - 1;
+      if (lane > skipped) at_ = {seen_ + lane, 0};
+      int stop = from_lane(tiles_, lane);
+      if (at_.cell > to_.cell) return false;
+      if (at_.cell == to_.cell) stop = min(stop, to_.tile);
+      s.tile = at_.tile;
+      s.tiles = stop - at_.tile;
+      const int cell = at_.cell;
+      at_ = {cell + 1, 0};
+      if (s.tiles <= 0) continue;
+      s.cell = cell_at(r, cell);
+      s.first_key = cell_keys<1>(r, s.cell).begin + s.tile * kTileKeys;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  Cursor at_, to_;
+  int seen_, tiles_;  // cell of lane 0, and this lane's cell's tiles
+};
+
+}  // namespace sm120
