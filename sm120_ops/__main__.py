@@ -36,7 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="fewer shapes and runs")
     size.add_argument("--full", action="store_true", help="the layers of whole models, every M")
     bench.add_argument(
-        "--families", nargs="+", metavar="NAME", help="gemm, quantize, overhead; default: all"
+        "--families",
+        nargs="+",
+        metavar="NAME",
+        help="gemm, quantize, overhead, grouped; default: all",
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(
