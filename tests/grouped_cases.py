@@ -42,8 +42,7 @@ class Case:
 def group_scale(operand: Operand, groups: int, rows: int, one_matrix: bool) -> torch.Tensor:
     """Packed scales [groups, rows, words] of an operand of groups * rows rows."""
     if one_matrix and rows % 4 == 0:
-        words = operand.scale.t()
-        return words.unflatten(1, (groups, rows)).permute(1, 2, 0)
+        return operand.scale.t().unflatten(1, (groups, rows)).permute(1, 2, 0)
     k_groups = operand.bytes.shape[1]
     words, padded = ceil_div(k_groups, 4), ceil_div(rows, 4) * 4
     device = operand.bytes.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from sm120_ops import bench, device
 from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, moe, moe_steps, overhead, peers, quantize
+from sm120_ops.bench import gemm, grouped, moe, moe_steps, overhead, peers, quantize
 from sm120_ops.bench import report as bench_report
 from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
 from sm120_ops.bench.context import Context
@@ -203,6 +204,51 @@ def test_moe_cases(mode: str) -> None:
     assert [m for m, n in zip(models, [None, *models], strict=False) if m != n] == list(
         dict.fromkeys(models)
     )  # the cases of a model stand together
+
+
+def test_routings_of_the_benchmark() -> None:
+    for kind in ("uniform", "zipf", "few"):
+        counts = grouped.routing(kind, 40, 6, 64)
+        assert len(counts) == 64
+        assert sum(counts) == 240
+    assert max(grouped.routing("zipf", 40, 6, 64)) > max(grouped.routing("uniform", 40, 6, 64))
+    assert sum(count > 0 for count in grouped.routing("few", 4000, 6, 64)) == 20
+    assert grouped.routing("one", 40, 6, 4) == (40, 0, 0, 0)
+    assert sum(grouped.routing("none", 40, 6, 64)) == 0
+    assert [sum(c.counts) for c in grouped.TABLE[:3]] == [40, 40, 40]
+    assert all(len(c.hit) == 20 for c in grouped.TABLE[:3])
+    for mode in ("quick", "standard", "full"):
+        listed = list(grouped.model_cases(mode))
+        assert len(listed) == len(set(listed))
+    names = {case.name for case in grouped.model_cases("full")}
+    assert "gpt-oss-120b down, 4096 tokens, zipf" in names
+
+
+def test_grouped_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = (3, 0, 20, 0, 1)
+    small = grouped.Case("small", counts, 24, 128, gemm.FP8_128, 16, True)
+    table = (
+        dataclasses.replace(small, mark=grouped._at_most(120)),
+        dataclasses.replace(small, empty_segments=5, mark=grouped.EMPTY_COST, compare="alone"),
+        dataclasses.replace(small, operands=gemm.W4A8, mark=grouped.DENSE_SHARE, compare="dense"),
+        dataclasses.replace(small, contiguous=False, mark=grouped.HIT_WEIGHTS),
+    )
+    monkeypatch.setattr(grouped, "TABLE", table)
+    monkeypatch.setattr(grouped, "MODELS", {"tiny": grouped.Model(64, 8, 2, 32, gemm.W4A8)})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    lines = list(grouped.run(context))
+    ours = [line for line in lines if line.provider == "sm120_ops"]
+    assert len(ours) == 4 + 2 * 3
+    for line in ours:
+        assert line.diff is not None
+        assert line.diff < (1e-3 if "mxfp4" not in line.name else 2e-2)
+    assert [line.verdict for line in ours[:4]] == ["pass", "pass", "pass", "short"]
+    assert ours[1].relative == 1.0
+    assert ours[0].weight_bytes == 3 * 24 * 128
+    assert ours[0].shape == "24 on 3/5 24x128"
+    tokens = grouped.make_tokens(table[1], torch.device("cpu"))
+    assert len(tokens.index) == 16 * (4 + 5)
+    assert {line.provider for line in lines if "torch" in line.provider}
 
 
 def test_overhead_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ GemmConfig choose_grouped_config(const GroupedShape& s, const GpuModel& gpu) {
     for (const bool swapped : {false, true}) {
       if (!is_legal_grouped(tile, swapped, s)) continue;
       const GemmConfig c = evaluate_grouped_config(tile, swapped, s, gpu);
-      if (!found || c.total_us < 0.98 * best.total_us) best = c;
+      if (!found || c.total_us < best.total_us) best = c;
       found = true;
     }
   }

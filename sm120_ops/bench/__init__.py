@@ -32,6 +32,7 @@ FAMILIES = {
     "moe": "sm120_ops.bench.moe",
     "moe_steps": "sm120_ops.bench.moe_steps",
     "mqa": "sm120_ops.bench.mqa",
+    "grouped": "sm120_ops.bench.grouped",
 }
 
 

@@ -53,7 +53,7 @@ class Line:
     weight_bytes: int = 0  # data of B alone, without scales
     ceiling_tflops: float | None = None  # bare-loop rate of the atom that the kernel is made of
     copy_gbps: float | None = None
-    speedup: float | None = None  # over the peer that the mark names
+    relative: float | None = None  # speed beside that of another line, which the mark names
     diff: float | None = None  # calc_diff against the unquantised product
     mark: Mark | None = None
     verdict: str = ""

@@ -23,14 +23,21 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(configs=CONFIGS, key=["M", "N", "K"])
+# Tiles of segments of 64 or more rows of one expert.
+GROUPED_CONFIGS = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+    for m, n, k, warps, stages in ((64, 128, 128, 4, 3), (16, 128, 256, 4, 2), (32, 128, 128, 4, 3))
+]
+
+
 @triton.jit
-def _kernel(
+def _product(
     a_ptr,
     sfa_ptr,
     b_ptr,
     sfb_ptr,
     d_ptr,
+    experts_ptr,  # of each row of A, -1 for none; one expert a tile
     M,
     N,
     K,
@@ -38,6 +45,7 @@ def _kernel(
     PACK_B: tl.constexpr,
     FORMAT_A: tl.constexpr,
     FORMAT_B: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,6 +57,12 @@ def _kernel(
     rows = min(tiles_m - first, 8)
     tile_m = first + pid % (8 * tiles_n) % rows
     tile_n = pid % (8 * tiles_n) // rows
+    if GROUPED:
+        expert = tl.load(experts_ptr + tile_m * BLOCK_M).to(tl.int64)
+        if expert < 0:
+            return
+        b_ptr += expert * N * (K // PACK_B)
+        sfb_ptr += expert * N * (K // 32)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_in, n_in = (m < M)[:, None], (n < N)[:, None]
@@ -71,6 +85,10 @@ def _kernel(
     tl.store(d_ptr + d_at, acc.to(tl.bfloat16), mask=m_in & (n < N)[None, :])
 
 
+_kernel = triton.autotune(configs=CONFIGS, key=["M", "N", "K"])(_product)
+_grouped_kernel = triton.autotune(configs=GROUPED_CONFIGS, key=["M", "N", "K"])(_product)
+
+
 def _operand(data: torch.Tensor) -> tuple[torch.Tensor, int, str]:
     """Data as Triton wants it, values a byte, and its name of the format."""
     if data.dtype == torch.float8_e4m3fn:
@@ -82,12 +100,37 @@ def gemm(
     a: torch.Tensor, sfa: torch.Tensor, b: torch.Tensor, sfb: torch.Tensor, out: torch.Tensor
 ) -> None:
     """out [M, N] = a [M, K] b [N, K]^T; scales are UE8M0 bytes, [rows, K / 32] row-major."""
+    _launch(_kernel, a, sfa, b, sfb, None, out)
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    experts: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The same with b [G, N, K], row m times expert experts[m]; segments of 64 rows or more."""
+    _launch(_grouped_kernel, a, sfa, b, sfb, experts, out)
+
+
+def _launch(
+    kernel: Any,
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    experts: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     (a, pack_a, format_a), (b, pack_b, format_b) = _operand(a), _operand(b)
-    M, N, K = a.shape[0], b.shape[0], a.shape[1] * pack_a
+    M, N, K = a.shape[0], b.shape[-2], a.shape[1] * pack_a
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
 
-    _kernel[grid](
-        a, sfa, b, sfb, out, M, N, K, pack_a, pack_b, format_a, format_b
+    kernel[grid](
+        a, sfa, b, sfb, out, experts, M, N, K, pack_a, pack_b, format_a, format_b,
+        experts is not None,
     )  # fmt: skip
