@@ -11,6 +11,7 @@ from . import _load, nn
 from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
+from .ops.hc_prenorm import hc_prenorm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.quantize import dequantize, quantize
 
@@ -23,6 +24,7 @@ __all__ = [
     "gemm_nn",
     "gemm_tn",
     "gemm_tt",
+    "hc_prenorm",
     "is_supported",
     "nn",
     "pack_fp4",
