@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import _load, nn
 from ._version import __version__
 from .device import is_supported
+from .ops.bf16 import bf16_gemm, bf16_gemm_nn, bf16_gemm_tn, bf16_gemm_tt
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.hc_prenorm import hc_prenorm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
@@ -19,6 +20,10 @@ _load.load()
 
 __all__ = [
     "__version__",
+    "bf16_gemm",
+    "bf16_gemm_nn",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
     "dequantize",
     "gemm",
     "gemm_nn",

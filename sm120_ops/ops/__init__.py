@@ -3,6 +3,6 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, hc_prenorm, layout, quantize
+from . import bf16, gemm, hc_prenorm, layout, quantize
 
-__all__ = ["gemm", "hc_prenorm", "layout", "quantize"]
+__all__ = ["bf16", "gemm", "hc_prenorm", "layout", "quantize"]
