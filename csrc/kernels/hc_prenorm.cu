@@ -21,17 +21,23 @@ template <int kColumnTiles>
 struct PrenormTraits {
   static constexpr int MT = 2, NT = kColumnTiles;
   static constexpr int kColumns = 8 * NT;
+  // Steps of 16 k whose loads may overlap: two warps a scheduler hide little latency.
+  static constexpr int kStepsAtOnce = NT <= 4 ? 4 : 1;
   // Shared-memory map: x units | fn slots | full, empty of the units | full, empty of the slots.
   // A unit is [128 rows, 64] bf16; a slot is fn [kColumns, 64] float32, as two boxes of 32.
   static constexpr int kUnitBytes = kPrenormRows / 2 * 128;
   static constexpr int kHalfSlotBytes = kColumns * 128, kSlotBytes = 2 * kHalfSlotBytes;
-  static constexpr int kSlots = NT <= 4 ? 3 : 2;
-  static constexpr int kUnits = (kSmemLimit - kSlots * (kSlotBytes + 16)) / (kUnitBytes + 16);
+  static constexpr int kSlots = NT <= 4 ? 4 : 2;
+  // Even, so that a place in the ring always belongs to the same group of warps. Hazard: copies may
+  // complete out of order, and a group that found a place in another's hands every second time
+  // would take the parity of the phase before last for that of its own.
+  static constexpr int kUnits =
+      (kSmemLimit - kSlots * (kSlotBytes + 16)) / (kUnitBytes + 16) / 2 * 2;
   static constexpr int kSlotsAt = kUnits * kUnitBytes;
   static constexpr int kUnitBarAt = kSlotsAt + kSlots * kSlotBytes;
   static constexpr int kSlotBarAt = kUnitBarAt + 16 * kUnits;
   static constexpr int kSmemBytes = kSlotBarAt + 16 * kSlots;
-  static_assert(kSmemBytes <= kSmemLimit && kUnits >= 2);
+  static_assert(kSmemBytes <= kSmemLimit && kUnits >= 2 && kUnits % 2 == 0);
   // The reduction reuses the map: one row of sums a warp.
   static_assert(kMathWarps * (kColumns + 1) * 4 <= kUnitBarAt);
 };
@@ -146,7 +152,7 @@ __device__ __forceinline__ void accumulate(const Work& work, PrenormRing<T>& rin
   for (int block = work.k_begin; block < work.k_end; ++block) {
     mbarrier_wait(ring.fn_full(), ring.slot.parity);
     mbarrier_wait(ring.x_full(), ring.unit.parity);
-#pragma unroll 1
+#pragma unroll T::kStepsAtOnce
     for (int step = 0; step < 4; ++step) {  // 16 of K
       uint32_t low[T::MT][4], high[T::MT][4];
 #pragma unroll
@@ -226,7 +232,7 @@ __device__ __forceinline__ void store(const PrenormParams& p, const Work& work,
 }
 
 // After the grid barrier: every row of a tile that was cut is summed over its CTAs, in an order
-// that depends on shape and grid alone, by one warp or, where there are many parts, by eight.
+// that depends on shape and grid alone, by one warp or, where that is quicker, by up to eight.
 __device__ __forceinline__ void reduce_partials(const PrenormParams& p, float* scratch) {
   const auto wait = [&] {
     p.parts > 1 ? named_barrier<1, kMathWarps * kWarpSize>() : __syncwarp();
@@ -265,9 +271,12 @@ __device__ __forceinline__ void reduce_partials(const PrenormParams& p, float* s
     wait();
     if (cut && share == 0) {
       const auto total = [&](int n) {
-        float sum = mine[n];
-#pragma unroll 1
-        for (int other = 1; other < p.parts; ++other) sum += mine[other * width + n];
+        float part[kMathWarps];
+#pragma unroll
+        for (int s = 0; s < kMathWarps; ++s) part[s] = s < p.parts ? mine[s * width + n] : 0.f;
+        float sum = 0;
+#pragma unroll
+        for (int s = 0; s < kMathWarps; ++s) sum += part[s];
         return sum;
       };
       const float squares = total(p.n), factor = rms_factor(p, squares);

@@ -8,9 +8,10 @@
 
 namespace sm120 {
 
-inline constexpr int kPrenormRows = 256;     // rows of x a tile covers
-inline constexpr int kPrenormBlockK = 64;    // K of the main loop's unit
-inline constexpr int kPrenormThreads = 384;  // 8 math warps + 4 producer warps
+inline constexpr int kPrenormRows = 256;        // rows of x a tile covers
+inline constexpr int kPrenormBlockK = 64;       // K of the main loop's unit
+inline constexpr int kPrenormThreads = 384;     // 8 math warps + 4 producer warps
+inline constexpr int kPrenormPartsAtOnce = 17;  // partial sums a lane loads together
 
 struct PrenormParams {
   CUtensorMap x;   // bytes [M, 2 K], box [kPrenormRows / 2, 128], swizzled
@@ -22,7 +23,7 @@ struct PrenormParams {
   float* workspace;
   int32_t m, n, row_tiles, k_blocks;
   int32_t splits;  // > 0: K in that many parts, each with an output of its own; 0: reduced here
-  int32_t parts;   // splits = 0: warps that share the reduction of a row, 1 or 8
+  int32_t parts;   // splits = 0: warps that share the reduction of a row: 1, 2, 4 or 8
   bool scale;      // d *= rsqrt(sqr_sum * inverse_k + eps)
   float inverse_k, eps;
 };
