@@ -10,8 +10,10 @@ from __future__ import annotations
 from . import _load, nn
 from ._version import __version__
 from .device import is_supported
+from .ops.bf16 import bf16_gemm, bf16_gemm_nn, bf16_gemm_tn, bf16_gemm_tt
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
+from .ops.hc_prenorm import hc_prenorm
 from .ops.indexer import indexer_topk, mqa_cache_write
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
@@ -24,6 +26,10 @@ _load.load()
 
 __all__ = [
     "__version__",
+    "bf16_gemm",
+    "bf16_gemm_nn",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
     "dequantize",
     "gemm",
     "gemm_nn",
@@ -32,6 +38,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_masked",
     "grouped_gemm_psum",
+    "hc_prenorm",
     "indexer_topk",
     "is_supported",
     "moe",

@@ -113,6 +113,47 @@ def test_instructions_per_mma(kernels: list[sass.Kernel], formats: str) -> None:
                 assert loop.instructions_per_mma <= INSTRUCTIONS_PER_MMA[formats], kernel.name
 
 
+# ---- BF16 and TF32: HMMA on both targets ---------------------------------------------------------
+
+BF16_INSTRUCTIONS_PER_MMA = 3.0  # of the largest tile, in every layout
+
+
+@pytest.fixture(scope="module")
+def hmma_kernels() -> list[sass.Kernel]:
+    found = sass.read_kernels(_load.LIBRARY, "sm_120f")
+    return [k for k in found if "bf16_gemm" in k.name or "hc_prenorm" in k.name]
+
+
+def test_hmma_kernels(hmma_kernels: list[sass.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{sass.table(hmma_kernels)}")
+    assert {"bf16_gemm" in kernel.name for kernel in hmma_kernels} == {True, False}
+    for kernel in hmma_kernels:
+        wanted = "HMMA.16816" if "bf16_gemm" in kernel.name else "HMMA.1688"
+        assert kernel.mma_opcodes, kernel.name
+        assert all(opcode.startswith(wanted) for opcode in kernel.mma_opcodes), kernel.name
+        assert kernel.registers <= MAX_REGISTERS
+        assert kernel.static_shared <= MAX_SHARED_BYTES
+        assert not [i for i in kernel.code if sass.LOCAL_MEMORY.match(i.opcode)], kernel.name
+
+
+def test_hmma_stages_are_released_behind_a_fence(hmma_kernels: list[sass.Kernel]) -> None:
+    """Their release may stand in a loop around the one that multiplies."""
+    for kernel in hmma_kernels:
+        loops = [loop for loop in sass.natural_loops(kernel.code) if loop.mmas]
+        assert any(loop.releases > 0 for loop in loops), kernel.name
+        for loop in loops:
+            assert loop.unfenced_releases() == [], kernel.name
+
+
+def test_bf16_instructions_per_mma(hmma_kernels: list[sass.Kernel]) -> None:
+    gemms = [kernel for kernel in hmma_kernels if "bf16_gemm" in kernel.name]
+    largest = max(map(tile_area, gemms))
+    measured = [k.mma_loops[0].instructions_per_mma for k in gemms if tile_area(k) == largest]
+    assert len(measured) == 4
+    assert max(measured) <= BF16_INSTRUCTIONS_PER_MMA
+
+
 def test_both_targets_have_every_kernel() -> None:
     native = {kernel.name for kernel in sass.read_kernels(_load.LIBRARY, "sm_120f")}
     emulated = {kernel.name for kernel in sass.read_kernels(_load.LIBRARY, "sm_90a")}

@@ -26,6 +26,13 @@ __device__ __forceinline__ void ldmatrix(uint32_t* r, uint32_t address) {
   }
 }
 
+// Four matrices, each transposed: lane 4g + t gets rows 2t, 2t + 1 of column g.
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
 __device__ __forceinline__ uint32_t lds32(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));

@@ -15,51 +15,8 @@ __device__ __forceinline__ uint32_t max_across(uint32_t value, int lane_mask) {
   return max(value, __shfl_xor_sync(0xffffffff, value, lane_mask));
 }
 
-__device__ __forceinline__ int shuffle(int value, int lane) {
-  return __shfl_sync(0xffffffff, value, lane);
-}
-
-// The value of the lane `delta` below, or the own one where there is none.
-__device__ __forceinline__ int shuffle_up(int value, int delta) {
-  return __shfl_up_sync(0xffffffff, value, delta);
-}
-
-// Bit l: lane l's predicate. PTX ISA "vote.sync".
-__device__ __forceinline__ uint32_t ballot(bool predicate) {
-  return __ballot_sync(0xffffffff, predicate);
-}
-
-// Positions of the lowest and the highest set bit; -1 if there is none.
-__device__ __forceinline__ int lowest_bit(uint32_t bits) {
-  return __ffs(bits) - 1;
-}
-__device__ __forceinline__ int highest_bit(uint32_t bits) {
-  return 31 - __clz(bits);
-}
-
-// Sum over the warp's lanes up to this one.
-__device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(0xffffffff, value, distance);
-    if (threadIdx.x % kWarpSize >= distance) value += below;
-  }
-  return value;
-}
-
-// The lanes that hold the same value as this one. PTX ISA "Parallel Synchronization and
-// Communication Instructions: match.sync". All lanes must take part.
-__device__ __forceinline__ uint32_t lanes_alike(int32_t value) {
-  return __match_any_sync(0xffffffff, value);
-}
-
-__device__ __forceinline__ int count_lanes(uint32_t lanes) {
-  return __popc(lanes);
-}
-
-// Adds one to a counter in shared memory. The count does not depend on the order.
-__device__ __forceinline__ void count_up(uint32_t* counter) {
-  atomicAdd_block(counter, 1u);
+__device__ __forceinline__ float add_across(float value, int lane_mask) {
+  return value + __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
 
 // The value of another lane: by number, by XOR with `mask`, `distance` lanes below (one's own where
@@ -83,6 +40,39 @@ __device__ __forceinline__ uint32_t lanes_where(bool condition) {
 }
 __device__ __forceinline__ bool all_lanes(bool condition) {
   return __all_sync(0xffffffff, condition);
+}
+
+// Positions of the lowest and the highest set bit; -1 if there is none.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+  return __ffs(bits) - 1;
+}
+__device__ __forceinline__ int highest_bit(uint32_t bits) {
+  return 31 - __clz(bits);
+}
+
+// Sum over the warp's lanes up to this one.
+__device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const uint32_t below = from_lane_below(value, distance);
+    if (threadIdx.x % kWarpSize >= distance) value += below;
+  }
+  return value;
+}
+
+// The lanes that hold the same value as this one. PTX ISA "Parallel Synchronization and
+// Communication Instructions: match.sync". All lanes must take part.
+__device__ __forceinline__ uint32_t lanes_alike(int32_t value) {
+  return __match_any_sync(0xffffffff, value);
+}
+
+__device__ __forceinline__ int count_lanes(uint32_t lanes) {
+  return __popc(lanes);
+}
+
+// Adds one to a counter in shared memory. The count does not depend on the order.
+__device__ __forceinline__ void count_up(uint32_t* counter) {
+  atomicAdd_block(counter, 1u);
 }
 
 // PTX ISA "redux.sync"

@@ -1,10 +1,9 @@
 #include "host/gemm_launch.h"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstring>
 
+#include "host/launch.h"
 #include "host/math.h"
 #include "host/tensor_map.h"
 
@@ -27,24 +26,6 @@ CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows) {
                    x.groups > 1 ? x.scale_group_stride : 4, x.scale_stride, box_rows);
 }
 
-// Allows the kernel its dynamic shared memory, once a kernel and device.
-cudaError_t allow_smem(GemmKernel kernel, int smem_bytes, OperandFormat rows, OperandFormat cols,
-                       int tile) {
-  constexpr int kDevices = 128;
-  static std::array<std::atomic<bool>, 4 * kNumGemmTiles * kDevices> done{};
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const int formats = 2 * static_cast<int>(rows) + static_cast<int>(cols);
-  std::atomic<bool>& flag = done[(formats * kNumGemmTiles + tile) * kDevices + device % kDevices];
-  if (flag.load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t set =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-  if (set == cudaSuccess) flag.store(true, std::memory_order_release);
-  return set;
-}
-
 }  // namespace
 
 int64_t gemm_workspace_bytes(const GemmConfig& config) {
@@ -60,10 +41,6 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   const int64_t k = problem.k;
   const GemmTile& tile = kGemmTiles[config.tile];
   const GemmInstance instance = find_instance(rows.format, cols.format, config.tile);
-  const cudaError_t error =
-      allow_smem(instance.kernel, instance.smem_bytes, rows.format, cols.format, config.tile);
-  if (error != cudaSuccess) return error;
-
   GemmParams p;
   std::memset(&p, 0, sizeof(p));
   if (k > 0) {
@@ -91,25 +68,9 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
   p.schedule = config.split ? Schedule::kSplit : problem.schedule;
-
-  // A split launch has a grid barrier, so all its CTAs must run at once: cooperative. Any other may
-  // be set up while the kernel before it finishes (it waits for it before it touches memory).
-  cudaLaunchAttribute attribute{};
-  if (config.split) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(config.grid);
-  launch.blockDim = dim3(kGemmThreads);
-  launch.dynamicSmemBytes = instance.smem_bytes;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, instance.kernel, p);
+  // A split launch has a grid barrier.
+  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
+                       config.split, stream, p);
 }
 
 }  // namespace sm120

@@ -1,29 +1,11 @@
 #include "host/mqa_launch.h"
 
-#include <array>
-#include <atomic>
-
+#include "host/launch.h"
 #include "host/math.h"
 #include "host/tensor_map.h"
 
 namespace sm120 {
 namespace {
-
-// Allows the kernel its dynamic shared memory, once an instance and device.
-cudaError_t allow_smem(const MqaInstance& instance, int slot) {
-  constexpr int kDevices = 128, kSlots = 12;
-  static std::array<std::atomic<bool>, kSlots * kDevices> done{};
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  std::atomic<bool>& flag = done[slot * kDevices + device % kDevices];
-  if (flag.load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t set =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(instance.kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, instance.smem_bytes);
-  if (set == cudaSuccess) flag.store(true, std::memory_order_release);
-  return set;
-}
 
 int log2_of(int power) {
   int shift = 0;
@@ -42,10 +24,6 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
   const int tiles = (ragged ? p.rows.num_rows : rows) * p.heads > 32 ? 8 : 4;
   const MqaInstance instance =
       q.fp4 ? mqa_instance_fp4(q.head_dim, tiles) : mqa_instance_fp8(q.head_dim, tiles);
-  const cudaError_t error =
-      allow_smem(instance, 6 * q.fp4 + 2 * (log2_of(q.head_dim) - 5) + tiles / 8);
-  if (error != cudaSuccess) return error;
-
   const int row_bytes = q.fp4 ? q.head_dim / 2 : q.head_dim;
   if (ragged) {
     p.block_kv = kTileKeys;
@@ -68,19 +46,7 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
     const auto* scales = static_cast<const uint8_t*>(k.data) + p.block_kv * row_bytes;
     p.k_scale = scale_map(scales, p.block_kv, k.count, k.stride / 4, p.block_kv);
   }
-
-  // May be set up while the kernel before it finishes; it waits before it touches global memory.
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(ctas);
-  launch.blockDim = dim3(kMqaThreads);
-  launch.dynamicSmemBytes = instance.smem_bytes;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, instance.kernel, p);
+  return launch_kernel(instance.kernel, ctas, kMqaThreads, instance.smem_bytes, false, stream, p);
 }
 
 }  // namespace sm120

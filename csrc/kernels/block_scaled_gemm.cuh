@@ -8,15 +8,11 @@
 #include "device/atom.cuh"
 #include "device/launch.cuh"
 #include "device/tma.cuh"
-#include "kernels/epilogue.cuh"
 #include "kernels/gemm.h"
-#include "kernels/tile_scheduler.cuh"
+#include "kernels/split_k.cuh"
+#include "kernels/tile_queue.cuh"
 
 namespace sm120 {
-
-inline constexpr int kMathWarps = 8;
-inline constexpr int kMathThreads = kMathWarps * kWarpSize;
-inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
 
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown>
 struct GemmTraits {
@@ -24,9 +20,12 @@ struct GemmTraits {
   static constexpr int kWarpsAcross = kMathWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
+  static constexpr Access kColAccess = Mma::kAccessB;
+  static constexpr bool kHeadSplit = true;
+  static constexpr int kStoreThreads = kMathThreads;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
-  //                    | tile queue: tiles | full | empty
+  //                    | tile queue
   static constexpr int kRowsRowBytes = kBlockK / (kRowsFormat == Format::kFp4 ? 2 : 1);
   static constexpr int kColsRowBytes = kBlockK / (kColsFormat == Format::kFp4 ? 2 : 1);
   static constexpr int kRowsBytes = kRows * kRowsRowBytes, kColsBytes = kCols * kColsRowBytes;
@@ -37,7 +36,7 @@ struct GemmTraits {
   // the limit by 48 bytes. See produce().
   static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
-    return stages * (kRowsBytes + kColsBytes + 16) + kTileSlots * (kTileBytes + 16) +
+    return stages * (kRowsBytes + kColsBytes + 16) + kQueueBytes +
            scale_slots(stages) * align128(kRowsScaleBytes) +
            scale_slots(stages) * align128(kColsScaleBytes);
   }
@@ -51,12 +50,9 @@ struct GemmTraits {
   static constexpr int kColsScaleAt = kRowsScaleAt + kScaleSlots * align128(kRowsScaleBytes);
   static constexpr int kFullAt = kColsScaleAt + kScaleSlots * align128(kColsScaleBytes);
   static constexpr int kEmptyAt = kFullAt + 8 * kStages;
-  static constexpr int kTilesAt = kEmptyAt + 8 * kStages;
-  static constexpr int kTileFullAt = kTilesAt + kTileSlots * kTileBytes;
-  static constexpr int kTileEmptyAt = kTileFullAt + 8 * kTileSlots;
-  static constexpr int kSmemBytes = kTileEmptyAt + 8 * kTileSlots;
+  static constexpr int kQueueAt = kEmptyAt + 8 * kStages;
+  static constexpr int kSmemBytes = kQueueAt + kQueueBytes;
 
-  static_assert(kTilesAt % 16 == 0 && kTileBytes % 16 == 0);
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2);
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
   static_assert(MT >= 1 && NT >= 1 && kRows % (16 * kWarpsDown) == 0);
@@ -82,43 +78,6 @@ struct Ring {
   __device__ uint32_t full() const { return base + Traits::kFullAt + 8 * data.stage; }
   __device__ uint32_t empty() const { return base + Traits::kEmptyAt + 8 * data.stage; }
 };
-
-// Position of one role in the queue of tiles, which one warp fills and nine read: the copying one
-// and those that multiply.
-template <class Traits>
-struct TileQueue {
-  RingState<kTileSlots> slot;
-  uint32_t base;
-
-  __device__ uint32_t full() const { return base + Traits::kTileFullAt + 8 * slot.stage; }
-  __device__ uint32_t empty() const { return base + Traits::kTileEmptyAt + 8 * slot.stage; }
-  __device__ uint32_t tile() const { return base + Traits::kTilesAt + kTileBytes * slot.stage; }
-
-  __device__ void write(const Tile& t) const {
-    sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
-    sts128(tile() + 16, make_int4(t.k_begin, t.k_end, t.group, t.partial));
-  }
-  __device__ Tile read() const {
-    const int4 place = lds128(tile()), work = lds128(tile() + 16);
-    return {place.x, place.y, place.z, place.w, work.x, work.y, work.z, work.w};
-  }
-};
-
-// Scheduler: one warp, ahead of the others as far as the queue allows.
-template <class T>
-__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
-  TileScheduler<T> scheduler(p);
-  Tile tile;
-  do {
-    tile = scheduler.next();
-    if (lane_id() == 0) {
-      mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
-      queue.write(tile);
-      mbarrier_arrive(queue.full());
-    }
-    queue.slot.advance();
-  } while (tile.group >= 0);
-}
 
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
 template <class T>
@@ -246,55 +205,6 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   next_block(tile.k_end - 1, std::false_type{});
 }
 
-// Workspace layout: [2 * CTA + slot][fragment][math thread] float4, so that a thread finds its own
-// fragments again.
-template <class T>
-__device__ __forceinline__ float4* partial_fragment(const GemmParams& p, int cta, int slot,
-                                                    int fragment) {
-  const int64_t tile_vectors = static_cast<int64_t>(T::MT) * T::NT * kMathThreads;
-  return reinterpret_cast<float4*>(p.workspace) + (2ll * cta + slot) * tile_vectors +
-         fragment * kMathThreads + threadIdx.x;
-}
-
-// After the grid barrier: every 16-row slice of a tile that was cut is summed in CTA order (so the
-// result does not depend on timing) and stored.
-template <class T>
-__device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_row, int warp_col) {
-  const int slices = p.row_tiles * p.col_tiles * T::MT;
-  for (int slice = blockIdx.x; slice < slices; slice += gridDim.x) {
-    const int index = slice / T::MT, i = slice % T::MT;
-    const int first = TileScheduler<T>::owner(p, index * p.k_blocks);
-    const int last = TileScheduler<T>::owner(p, index * p.k_blocks + p.k_blocks - 1);
-    if (first == last) continue;  // one CTA had all of K and stored it already
-    float sum[1][T::NT][4] = {};
-    // CTAs whose parts are loaded together: latency counts here, not bandwidth.
-    constexpr int kAtOnce = 4;
-    for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
-      float4 part[kAtOnce][T::NT];
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int cta = min(cta0 + c, last);
-        const int slot = TileScheduler<T>::slot_of(p, cta, index);
-#pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          part[c][j] = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        if (cta0 + c > last) break;
-#pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          sum[0][j][0] += part[c][j].x, sum[0][j][1] += part[c][j].y;
-          sum[0][j][2] += part[c][j].z, sum[0][j][3] += part[c][j].w;
-        }
-      }
-    }
-    const Tile tile = TileScheduler<T>::whole_tile(p, index);
-    store_fragments<T::Mma::kAccessB>(p, tile, sum, warp_row + 16 * i, warp_col);
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     block_scaled_gemm(const __grid_constant__ GemmParams p) {
@@ -307,10 +217,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
     }
-    for (int s = 0; s < kTileSlots; ++s) {
-      mbarrier_init(ring.base + T::kTileFullAt + 8 * s, 1);
-      mbarrier_init(ring.base + T::kTileEmptyAt + 8 * s, kMathWarps + 1);
-    }
+    queue.init_barriers();
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -341,15 +248,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col);
     }
     tile = queue.read();  // again, rather than in registers all the while
-    if (tile.partial < 0) {
-      store_fragments<T::Mma::kAccessB>(p, tile, acc, warp_row, warp_col);
-    } else {
-#pragma unroll
-      for (int f = 0; f < T::MT * T::NT; ++f) {
-        const float (&v)[4] = acc[f / T::NT][f % T::NT];
-        *partial_fragment<T>(p, blockIdx.x, tile.partial, f) = make_float4(v[0], v[1], v[2], v[3]);
-      }
-    }
+    store_tile<T>(p, tile, acc, warp_row, warp_col);
     __syncwarp();
     if (lane_id() == 0) mbarrier_arrive(queue.empty());  // what was read has been used by now
   }

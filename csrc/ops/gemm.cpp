@@ -48,35 +48,16 @@ void run(const Tensor& a, const Tensor& sfa, const Tensor& b, const Tensor& sfb,
          const Forced* forced = nullptr) {
   const int32_t device = a.get_device_index();
   const GpuModel model = gpu_model(kOp, device);
-  const std::array<int64_t, 2> matrix{p.m, p.columns};
-  check_matrix(kOp, "out", out, matrix, device);
-  check(p.m <= 1 || out.numel() == 0 || out.stride(0) >= p.columns, kOp, "out",
-        "rows that do not overlap", Strides{out});
+  GemmOutput d = check_matrix_output(kOp, out, c, p.m, p.columns, device);
   check_apart_from(kOp, out, {{"a", a}, {"sfa", sfa}, {"b", b}, {"sfb", sfb}});
-  if (c) {
-    check_matrix(kOp, "c", *c, matrix, device);
-    check(c->scalar_type() == out.scalar_type(), kOp, "c", "the dtype of out", Dtype(*c));
-    const bool same =
-        c->data_ptr() == out.data_ptr() && (p.m <= 1 || c->stride(0) == out.stride(0));
-    check(same || !byte_range(out).overlaps(byte_range(*c)), kOp, "c",
-          "out itself or memory apart from it", "a shifted overlap");
-  }
   if (p.m == 0 || p.columns == 0) return;
 
-  const bool fp32 = out.scalar_type() == ScalarType::Float;
-  GemmOutput d{};
-  d.d = out.data_ptr();
-  d.c = c ? c->data_ptr() : nullptr;
-  d.d_stride = p.m > 1 ? out.stride(0) : p.columns;
-  d.c_stride = c && p.m > 1 ? c->stride(0) : p.columns;
-  d.fp32 = fp32;
   if (!splits.empty()) {
     d.left = static_cast<int32_t>(splits[0]);
     d.mid = static_cast<int32_t>(splits[1]);
     d.period = static_cast<int32_t>(splits[0] + splits[2]);
   }
-  d.vector = is_aligned(d.d, 16) && d.d_stride % 8 == 0 && d.left % 8 == 0 && d.mid % 8 == 0 &&
-             d.period % 8 == 0;
+  d.vector &= d.left % 8 == 0 && d.mid % 8 == 0 && d.period % 8 == 0;
 
   const GemmShape shape{p.m, p.n, p.k, p.a.format, p.b.format, p.a.gran_k, p.b.gran_k};
   GemmConfig config;

@@ -1,5 +1,6 @@
 #include "ops/gemm_common.h"
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 
@@ -123,6 +124,30 @@ void check_matrix(const char* op, const char* arg, const Tensor& t, Sizes shape,
   const int64_t last = t.dim() - 1;
   check(t.size(last) == 1 || t.stride(last) == 1, op, arg, "contiguous rows (last stride 1)",
         Strides{t});
+}
+
+GemmOutput check_matrix_output(const char* op, const Tensor& out, const std::optional<Tensor>& c,
+                               int64_t m, int64_t columns, int32_t device) {
+  const std::array<int64_t, 2> matrix{m, columns};
+  check_matrix(op, "out", out, matrix, device);
+  check(m <= 1 || out.numel() == 0 || out.stride(0) >= columns, op, "out",
+        "rows that do not overlap", Strides{out});
+  GemmOutput d{};
+  d.d = out.data_ptr();
+  d.d_stride = d.c_stride = columns;
+  if (m > 1) d.d_stride = out.stride(0);
+  if (c) {
+    check_matrix(op, "c", *c, matrix, device);
+    check(c->scalar_type() == out.scalar_type(), op, "c", "the dtype of out", Dtype(*c));
+    const bool same = c->data_ptr() == out.data_ptr() && (m <= 1 || c->stride(0) == out.stride(0));
+    check(same || !may_overlap(out, *c), op, "c", "out itself or memory apart from it",
+          "a shifted overlap");
+    d.c = c->data_ptr();
+    if (m > 1) d.c_stride = c->stride(0);
+  }
+  d.fp32 = out.scalar_type() == ScalarType::Float;
+  d.vector = is_aligned(d.d, 16) && d.d_stride % 8 == 0;
+  return d;
 }
 
 void check_apart_from(const char* op, const Tensor& out,

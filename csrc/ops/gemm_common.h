@@ -29,6 +29,10 @@ GemmOperand check_operand(const char* op, const OperandArgs& args, const Tensor&
 // D or C: dtype, shape, and contiguous rows.
 void check_matrix(const char* op, const char* arg, const Tensor& t, Sizes shape, int32_t device);
 
+// D [m, columns] of any row stride, and C, which is D itself or apart from it. No head split.
+GemmOutput check_matrix_output(const char* op, const Tensor& out, const std::optional<Tensor>& c,
+                               int64_t m, int64_t columns, int32_t device);
+
 // `out` must share no memory with what is read.
 struct NamedTensor {
   const char* name;

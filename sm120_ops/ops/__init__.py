@@ -3,11 +3,25 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, grouped, indexer, layout, moe, moe_activation, moe_layer, mqa, quantize
+from . import (
+    bf16,
+    gemm,
+    grouped,
+    hc_prenorm,
+    indexer,
+    layout,
+    moe,
+    moe_activation,
+    moe_layer,
+    mqa,
+    quantize,
+)
 
 __all__ = [
+    "bf16",
     "gemm",
     "grouped",
+    "hc_prenorm",
     "indexer",
     "layout",
     "moe",

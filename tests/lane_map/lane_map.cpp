@@ -237,7 +237,7 @@ void check_store(int warp_row, int warp_col, bool swapped, bool vector) {
     p->swapped = swapped;
     const Tile tile{0, 0, T::kTileRows, T::kTileCols, 0, 1, 0, -1};
     warp.run([&](int lane) {
-      store_fragments<T::Mma::kAccessB>(*p, tile, acc[lane], warp_row, warp_col);
+      store_fragments<T::Mma::kAccessB, true>(*p, tile, acc[lane], warp_row, warp_col);
     });
     for (int r = 0; r < T::kTileRows; ++r) {
       for (int c = 0; c < T::kTileCols; ++c) {

@@ -4,18 +4,18 @@
 
 namespace sm120 {
 
-inline int shuffle(int value, int from) {
-  simulated::check(from >= 0 && from < 32, "shuffle from lane %d", from);
+inline int from_lane(int value, int from) {
+  simulated::check(from >= 0 && from < 32, "value of lane %d", from);
   return simulated::exchange(value)[from];
 }
 
-inline int shuffle_up(int value, int delta) {
+inline int from_lane_below(int value, int distance) {
   const auto all = simulated::exchange(value);
-  return all[simulated::lane < delta ? simulated::lane : simulated::lane - delta];
+  return all[simulated::lane < distance ? simulated::lane : simulated::lane - distance];
 }
 
-inline uint32_t ballot(bool predicate) {
-  const auto all = simulated::exchange(predicate);
+inline uint32_t lanes_where(bool condition) {
+  const auto all = simulated::exchange(condition);
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
   return bits;

@@ -1,0 +1,63 @@
+// How tiles get from the warp that schedules to those that copy and multiply: a short queue in
+// shared memory. A kernel's Traits say where it is (kQueueAt, a multiple of 16).
+#pragma once
+#include "device/barrier.cuh"
+#include "device/ldmatrix.cuh"
+#include "kernels/tile_scheduler.cuh"
+
+namespace sm120 {
+
+inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
+inline constexpr int kQueueBytes = kTileSlots * (kTileBytes + 16);  // tiles | full | empty
+static_assert(kTileBytes % 16 == 0);
+
+// Position of one role in the queue, which one warp fills and nine read: the copying one and those
+// that multiply.
+template <class Traits>
+struct TileQueue {
+  static constexpr int kFullAt = Traits::kQueueAt + kTileSlots * kTileBytes;
+  static constexpr int kEmptyAt = kFullAt + 8 * kTileSlots;
+  static_assert(Traits::kQueueAt % 16 == 0);
+
+  RingState<kTileSlots> slot;
+  uint32_t base;  // shared-memory address of the kernel's map
+
+  __device__ uint32_t full() const { return base + kFullAt + 8 * slot.stage; }
+  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * slot.stage; }
+  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot.stage; }
+
+  // By one thread, before all others use it.
+  __device__ void init_barriers() const {
+    for (int s = 0; s < kTileSlots; ++s) {
+      mbarrier_init(base + kFullAt + 8 * s, 1);
+      mbarrier_init(base + kEmptyAt + 8 * s, kMathWarps + 1);
+    }
+  }
+
+  __device__ void write(const Tile& t) const {
+    sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
+    sts128(tile() + 16, make_int4(t.k_begin, t.k_end, t.group, t.partial));
+  }
+  __device__ Tile read() const {
+    const int4 place = lds128(tile()), work = lds128(tile() + 16);
+    return {place.x, place.y, place.z, place.w, work.x, work.y, work.z, work.w};
+  }
+};
+
+// Scheduler: one warp, ahead of the others as far as the queue allows.
+template <class T>
+__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
+  TileScheduler<T> scheduler(p);
+  Tile tile;
+  do {
+    tile = scheduler.next();
+    if (lane_id() == 0) {
+      mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
+      queue.write(tile);
+      mbarrier_arrive(queue.full());
+    }
+    queue.slot.advance();
+  } while (tile.group >= 0);
+}
+
+}  // namespace sm120
