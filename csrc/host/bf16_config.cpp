@@ -18,13 +18,14 @@ constexpr Sm kH200Sm{1755, 1.48}, kNativeSm{2400, 4};
 
 constexpr double kBusy = 0.85;  // share of the busier of MMA and shared memory
 constexpr double kSharedBytesAClock = 128;
-constexpr double kLaunchUs = 3.0;         // launch, first copies, last stores
-constexpr double kColdTileUs = 3.0;       // code of a 128 x 256 tile, first time
+constexpr double kLaunchUs = 4.5;         // launch, first copies, last stores
+constexpr double kColdTileUs = 4.0;       // code of a 128 x 256 tile, first time
 constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further wave
-constexpr double kGridBarrierUs = 2.5;    // split: barrier and reduction of few partial sums
-constexpr double kPartialBytesAUs = 4e6;  // split: their way through L2, written and read
+constexpr double kGridBarrierUs = 3.0;    // split: barrier and reduction of few partial sums
+constexpr double kPartialBytesAUs = 3e6;  // split: their way through L2, written and read
 constexpr double kDramShare = 0.8;        // of the nominal bandwidth, cold
 constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
+constexpr double kStageUs = 0.11;         // the copying thread, for the two copies of a stage
 
 // Clocks of an SM for 16 of K, by tensor cores or by shared memory: fragments read by the warps
 // that share the 16, and the operands' arrival.
@@ -63,15 +64,21 @@ Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16S
   c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
 
   // Compute: the busiest CTA's K-blocks, as waves of whole tiles or as an equal share of blocks.
-  const double block_us = std::max(clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
-                                   2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs);
+  const double block_us =
+      std::max({clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
+                2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
   const int64_t waves = ceil_div(tiles, c.grid);
   c.compute_us = (split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
   const double bytes = 2.0 * s.m * s.k + 2.0 * s.n * s.k + 2.0 * s.m * s.n;
-  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms));
+  // Rows and columns past the edge take room in the ring from those on their way.
+  const int64_t rows = swapped ? s.n : s.m, cols = swapped ? s.m : s.n;
+  const double useful =
+      static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
+      (tile.rows + tile.cols);
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms)) * (1.5 - 0.5 * useful);
 
   const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
   // Slices add their sums through shared memory, written and read.

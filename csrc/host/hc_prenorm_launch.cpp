@@ -10,17 +10,20 @@
 namespace sm120 {
 namespace {
 
-// Warps that share the reduction of a row: what gives the fewest rounds of loads, one after the
-// other, for the rows of a CTA. A row has about grid / row_tiles parts.
-int reducing_warps(int64_t m, int64_t row_tiles, int grid) {
-  const int64_t rows = ceil_div(m, grid), parts = ceil_div(grid, row_tiles) + 1;
-  int best = 1;
+// How rows are reduced: what takes the fewest rounds of loads, one after the other, for the rows of
+// a CTA. A row has about grid / row_tiles parts.
+void plan_reduction(PrenormParams& p, int grid) {
+  const int64_t rows = ceil_div(p.m, grid), parts = ceil_div(grid, p.row_tiles) + 1;
   int64_t fewest = INT64_MAX;
-  for (const int warps : {1, 2, 4, 8}) {
-    const int64_t rounds = ceil_div(rows * warps, 8) * ceil_div(parts, warps * kPrenormPartsAtOnce);
-    if (rounds < fewest) best = warps, fewest = rounds;
+  for (const bool many_rows : {false, true}) {
+    const PrenormRound round = many_rows ? kPrenormManyRows : kPrenormManyParts;
+    for (const int sharing : {1, 2, 4, 8}) {
+      const int64_t rounds = ceil_div(rows * sharing, kPrenormMathWarps * round.rows) *
+                             ceil_div(parts, sharing * round.parts);
+      if (rounds >= fewest) continue;
+      fewest = rounds, p.sharing = sharing, p.many_rows = many_rows;
+    }
   }
-  return best;
 }
 
 }  // namespace
@@ -55,7 +58,7 @@ cudaError_t launch_prenorm(const PrenormProblem& problem, const PrenormPlan& pla
   p.row_tiles = static_cast<int32_t>(ceil_div(problem.m, kPrenormRows));
   p.k_blocks = static_cast<int32_t>(problem.k / kPrenormBlockK);
   p.splits = plan.reduced ? 0 : static_cast<int32_t>(std::max<int64_t>(problem.splits, 1));
-  p.parts = reducing_warps(problem.m, p.row_tiles, plan.grid);
+  plan_reduction(p, plan.grid);
   p.scale = problem.scale;
   p.inverse_k = 1.f / static_cast<float>(problem.k);
   p.eps = problem.eps;

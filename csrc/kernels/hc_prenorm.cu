@@ -15,7 +15,7 @@
 namespace sm120 {
 namespace {
 
-constexpr int kMathWarps = 8, kGroupWarps = 4;
+constexpr int kMathWarps = kPrenormMathWarps, kGroupWarps = 4;
 
 template <int kColumnTiles>
 struct PrenormTraits {
@@ -38,8 +38,8 @@ struct PrenormTraits {
   static constexpr int kSlotBarAt = kUnitBarAt + 16 * kUnits;
   static constexpr int kSmemBytes = kSlotBarAt + 16 * kSlots;
   static_assert(kSmemBytes <= kSmemLimit && kUnits >= 2 && kUnits % 2 == 0);
-  // The reduction reuses the map: one row of sums a warp.
-  static_assert(kMathWarps * (kColumns + 1) * 4 <= kUnitBarAt);
+  // The reduction reuses the map: sums of a round's rows for each warp.
+  static_assert(kMathWarps * kPrenormManyRows.rows * (kColumns + 1) * 4 <= kUnitBarAt);
 };
 
 template <class T>
@@ -232,58 +232,71 @@ __device__ __forceinline__ void store(const PrenormParams& p, const Work& work,
 }
 
 // After the grid barrier: every row of a tile that was cut is summed over its CTAs, in an order
-// that depends on shape and grid alone, by one warp or, where that is quicker, by up to eight.
+// that depends on shape and grid alone, by one warp or, where that is quicker, by up to eight. A
+// warp, or those that share, takes kRows neighbouring rows at a time.
+template <int kRows, int kParts>
 __device__ __forceinline__ void reduce_partials(const PrenormParams& p, float* scratch) {
   const auto wait = [&] {
-    p.parts > 1 ? named_barrier<1, kMathWarps * kWarpSize>() : __syncwarp();
+    p.sharing > 1 ? named_barrier<1, kMathWarps * kWarpSize>() : __syncwarp();
   };
-  const int warp = threadIdx.x / kWarpSize, width = p.n + 1;
-  const int rows_at_once = kMathWarps / p.parts, share = warp % p.parts;
+  const int warp = threadIdx.x / kWarpSize, width = p.n + 1, share = warp % p.sharing;
+  const int rows_at_once = kMathWarps / p.sharing * kRows;
   const int64_t slot_size = static_cast<int64_t>(min(p.m, kPrenormRows)) * width;
-  float* mine = scratch + warp * width;
+  float* mine = scratch + warp * kRows * width;
   for (int row0 = blockIdx.x * rows_at_once; row0 < p.m; row0 += gridDim.x * rows_at_once) {
-    const int m = row0 + warp / p.parts;
-    const int tile = m / kPrenormRows, first_block = tile * p.k_blocks;
+    const int m0 = row0 + warp / p.sharing * kRows;
+    // All in one tile: kPrenormRows is a multiple of kRows.
+    const int tile = m0 / kPrenormRows, first_block = tile * p.k_blocks;
     const int first = PrenormScheduler::owner(p, first_block);
     const int last = PrenormScheduler::owner(p, first_block + p.k_blocks - 1);
-    const bool cut = m < p.m && first != last;
-    if (cut) {
-      // The first CTA's range may begin in the tile before; all others begin in this one.
-      const int first_slot = PrenormScheduler::range_begin(p, first) < first_block;
-      const float* row = p.workspace + m % kPrenormRows * width;
+    const int rows = first != last ? min(kRows, p.m - m0) : 0;
+    // The first CTA's range may begin in the tile before; all others begin in this one.
+    const int first_slot = PrenormScheduler::range_begin(p, first) < first_block;
+    const float* row = p.workspace + m0 % kPrenormRows * width;
+    if (rows > 0) {
       for (int n = lane_id(); n < width; n += kWarpSize) {
-        float sum = 0;
-        constexpr int kAtOnce = 9;  // parts loaded together: latency counts here
+        float sum[kRows] = {};
 #pragma unroll 1
-        for (int cta0 = first + share; cta0 <= last; cta0 += kAtOnce * p.parts) {
-          float part[kAtOnce];
+        for (int cta0 = first + share; cta0 <= last; cta0 += kParts * p.sharing) {
+          float part[kParts][kRows];  // loaded together: latency counts here
 #pragma unroll
-          for (int c = 0; c < kAtOnce; ++c) {
-            const int cta = cta0 + c * p.parts, slot = cta == first ? first_slot : 0;
-            part[c] = cta <= last ? row[(2 * cta + slot) * slot_size + n] : 0.f;
+          for (int c = 0; c < kParts; ++c) {
+            const int cta = cta0 + c * p.sharing, slot = cta == first ? first_slot : 0;
+            const float* from = row + (2 * cta + slot) * slot_size + n;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+              part[c][r] = cta <= last && r < rows ? from[r * width] : 0.f;
+            }
           }
 #pragma unroll
-          for (int c = 0; c < kAtOnce; ++c) sum += part[c];
+          for (int c = 0; c < kParts; ++c) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sum[r] += part[c][r];
+          }
         }
-        mine[n] = sum;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) mine[r * width + n] = sum[r];
       }
     }
     wait();
-    if (cut && share == 0) {
-      const auto total = [&](int n) {
-        float part[kMathWarps];
+    if (share == 0) {
+      const auto total = [&](int at) {
+        float part[kMathWarps], sum = 0;
 #pragma unroll
-        for (int s = 0; s < kMathWarps; ++s) part[s] = s < p.parts ? mine[s * width + n] : 0.f;
-        float sum = 0;
+        for (int s = 0; s < kMathWarps; ++s) {
+          part[s] = s < p.sharing ? mine[s * kRows * width + at] : 0.f;
+        }
 #pragma unroll
         for (int s = 0; s < kMathWarps; ++s) sum += part[s];
         return sum;
       };
-      const float squares = total(p.n), factor = rms_factor(p, squares);
-      float* d = p.d + static_cast<int64_t>(m) * p.n;
+      for (int r = 0; r < rows; ++r) {
+        const float squares = total(r * width + p.n), factor = rms_factor(p, squares);
+        float* d = p.d + static_cast<int64_t>(m0 + r) * p.n;
 #pragma unroll 1
-      for (int n = lane_id(); n < p.n; n += kWarpSize) d[n] = total(n) * factor;
-      if (lane_id() == 0) p.sqr_sum[m] = squares;
+        for (int n = lane_id(); n < p.n; n += kWarpSize) d[n] = total(r * width + n) * factor;
+        if (lane_id() == 0) p.sqr_sum[m0 + r] = squares;
+      }
     }
     wait();
   }
@@ -327,7 +340,12 @@ __global__ void __launch_bounds__(kPrenormThreads, 1)
   }
   if (p.splits == 0) {
     grid_barrier();
-    reduce_partials(p, reinterpret_cast<float*>(smem));
+    float* scratch = reinterpret_cast<float*>(smem);
+    if (p.many_rows) {
+      reduce_partials<kPrenormManyRows.rows, kPrenormManyRows.parts>(p, scratch);
+    } else {
+      reduce_partials<kPrenormManyParts.rows, kPrenormManyParts.parts>(p, scratch);
+    }
   }
 }
 

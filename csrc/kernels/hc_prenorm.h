@@ -8,10 +8,16 @@
 
 namespace sm120 {
 
-inline constexpr int kPrenormRows = 256;        // rows of x a tile covers
-inline constexpr int kPrenormBlockK = 64;       // K of the main loop's unit
-inline constexpr int kPrenormThreads = 384;     // 8 math warps + 4 producer warps
-inline constexpr int kPrenormPartsAtOnce = 17;  // partial sums a lane loads together
+inline constexpr int kPrenormRows = 256;   // rows of x a tile covers
+inline constexpr int kPrenormBlockK = 64;  // K of the main loop's unit
+inline constexpr int kPrenormMathWarps = 8;
+inline constexpr int kPrenormThreads = 384;  // 8 math warps + 4 producer warps
+// A warp reduces one row, of many parts, or several rows of fewer parts: what a lane loads
+// together.
+struct PrenormRound {
+  int rows, parts;
+};
+inline constexpr PrenormRound kPrenormManyParts{1, 17}, kPrenormManyRows{4, 9};
 
 struct PrenormParams {
   CUtensorMap x;   // bytes [M, 2 K], box [kPrenormRows / 2, 128], swizzled
@@ -22,9 +28,10 @@ struct PrenormParams {
   // column
   float* workspace;
   int32_t m, n, row_tiles, k_blocks;
-  int32_t splits;  // > 0: K in that many parts, each with an output of its own; 0: reduced here
-  int32_t parts;   // splits = 0: warps that share the reduction of a row: 1, 2, 4 or 8
-  bool scale;      // d *= rsqrt(sqr_sum * inverse_k + eps)
+  int32_t splits;   // > 0: K in that many parts, each with an output of its own; 0: reduced here
+  int32_t sharing;  // splits = 0: warps that share the reduction of a row: 1, 2, 4 or 8
+  bool many_rows;   // splits = 0: which PrenormRound
+  bool scale;       // d *= rsqrt(sqr_sum * inverse_k + eps)
   float inverse_k, eps;
 };
 
