@@ -8,6 +8,7 @@ graphs too.
 from __future__ import annotations
 
 from . import _load, nn
+from ._stats import stats
 from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
@@ -28,6 +29,7 @@ __all__ = [
     "pack_fp4",
     "pack_scales",
     "quantize",
+    "stats",
     "transpose_fp4",
     "unpack_fp4",
     "unpack_scales",
