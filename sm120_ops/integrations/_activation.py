@@ -14,7 +14,7 @@ from .. import device
 VARIABLE = "SM120_OPS_DEEP_GEMM"
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Why a plugin that was asked to act does not; for the log."""
 
 
@@ -23,16 +23,16 @@ def requested() -> bool:
 
 
 def forced() -> bool:
-    """Refusal unless the value is known and the GPUs are right for it."""
+    """RefusalError unless the value is known and the GPUs are right for it."""
     value = os.environ[VARIABLE].strip().lower()
     if value == "force":
         return True
     if value != "1":
-        raise Refusal(f"{VARIABLE}={value}: expected 0, 1 or force")
+        raise RefusalError(f"{VARIABLE}={value}: expected 0, 1 or force")
     found = device.capabilities()
     if not found:
-        raise Refusal(f"{VARIABLE}=1: expected GPUs of compute capability 12.x, found no GPU")
+        raise RefusalError(f"{VARIABLE}=1: expected GPUs of compute capability 12.x, found no GPU")
     if any(major != 12 for major, _ in found):
         names = ", ".join(sorted({f"{major}.{minor}" for major, minor in found}))
-        raise Refusal(f"{VARIABLE}=1: expected compute capability 12.x alone, found {names}")
+        raise RefusalError(f"{VARIABLE}=1: expected compute capability 12.x alone, found {names}")
     return False
