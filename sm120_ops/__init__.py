@@ -12,6 +12,7 @@ from ._stats import stats
 from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
+from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.quantize import dequantize, quantize
 
@@ -24,6 +25,9 @@ __all__ = [
     "gemm_nn",
     "gemm_tn",
     "gemm_tt",
+    "grouped_gemm",
+    "grouped_gemm_masked",
+    "grouped_gemm_psum",
     "is_supported",
     "nn",
     "pack_fp4",

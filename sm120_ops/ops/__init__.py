@@ -3,6 +3,6 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, layout, quantize
+from . import gemm, grouped, layout, quantize
 
-__all__ = ["gemm", "layout", "quantize"]
+__all__ = ["gemm", "grouped", "layout", "quantize"]

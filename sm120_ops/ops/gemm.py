@@ -61,16 +61,33 @@ _lib.define("_atom_rate(Tensor(a!) sink, str atom, int iterations) -> int")
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def _check_operand(op: str, arg: str, data: torch.Tensor) -> None:
-    _check.require_tensor(op, arg, data, rank=2)
+def check_operand(op: str, arg: str, data: torch.Tensor, rank: int = 2) -> None:
+    """K-major data [rows, K] or, with rank 3, [groups, rows, K]."""
+    _check.require_tensor(op, arg, data, rank=rank)
     _check.require_dtype(op, arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
-    if data.stride(1) != 1 and data.shape[1] > 1:
-        _check.fail(op, arg, "stride(1) == 1 (K-major)", f"strides {list(data.stride())}")
-    row = data.stride(0)
-    if (row % 16 != 0 or row < data.shape[1]) and data.shape[0] > 1 and data.shape[1] > 0:
-        requirement = f"a row stride that is a multiple of 16 bytes >= {data.shape[1]}"
+    if data.stride(-1) != 1 and data.shape[-1] > 1:
+        last = "stride(1)" if rank == 2 else "stride(2)"
+        _check.fail(op, arg, f"{last} == 1 (K-major)", f"strides {list(data.stride())}")
+    row = data.stride(-2)
+    if (row % 16 != 0 or row < data.shape[-1]) and data.shape[-2] > 1 and data.shape[-1] > 0:
+        requirement = f"a row stride that is a multiple of 16 bytes >= {data.shape[-1]}"
+        _check.fail(op, arg, requirement, f"strides {list(data.stride())}")
+    if rank == 3 and (data.stride(0) % 16 != 0 or data.stride(0) == 0) and data.shape[0] > 1:
+        requirement = "a group stride that is a multiple of 16 bytes, not 0"
         _check.fail(op, arg, requirement, f"strides {list(data.stride())}")
     _check.require_aligned(op, arg, data)
+
+
+def check_same_k(op: str, a: torch.Tensor, b: torch.Tensor) -> int:
+    """K, the same in both operands and a multiple of 16 bytes in each."""
+    k = logical_k(a)
+    if logical_k(b) != k:
+        _check.fail(op, "b", f"K={k} as in a", f"K={logical_k(b)}")
+    multiple = 16 if a.dtype == b.dtype == torch.float8_e4m3fn else 32
+    if k % multiple != 0:
+        reason = "an FP4 operand" if multiple == 32 else "FP8 operands"
+        _check.fail(op, "a", f"K to be a multiple of {multiple} with {reason}", f"K={k}")
+    return k
 
 
 def _check_head_splits(op: str, n: int, head_splits: Sequence[int]) -> int:
@@ -103,15 +120,9 @@ def _check_gemm(
     _check.require_choice(op, "gran_k_a", gran_k_a, GRANS_K)
     _check.require_choice(op, "gran_k_b", gran_k_b, GRANS_K)
     _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
-    _check_operand(op, "a", a)
-    _check_operand(op, "b", b)
-    k = logical_k(a)
-    if logical_k(b) != k:
-        _check.fail(op, "b", f"K={k} as in a", f"K={logical_k(b)}")
-    multiple = 16 if a.dtype == b.dtype == torch.float8_e4m3fn else 32
-    if k % multiple != 0:
-        reason = "an FP4 operand" if multiple == 32 else "FP8 operands"
-        _check.fail(op, "a", f"K to be a multiple of {multiple} with {reason}", f"K={k}")
+    check_operand(op, "a", a)
+    check_operand(op, "b", b)
+    k = check_same_k(op, a, b)
     check_packed_scales(op, "sfa", sfa, a.shape[0], ceil_div(k, gran_k_a))
     check_packed_scales(op, "sfb", sfb, b.shape[0], ceil_div(k, gran_k_b))
     _check.require_same_device(op, "a", a=a, sfa=sfa, b=b, sfb=sfb, c=c)
@@ -271,14 +282,14 @@ def _gemm_out_fake(
 # ---- Wrappers ------------------------------------------------------------------------------------
 
 
-def _infer_gran_k(
+def infer_gran_k(
     op: str, arg: str, scale: torch.Tensor, k: int, per_word: int, given: int | None
 ) -> int:
     """The gran_k for which `scale` has the right number of columns (of `per_word` groups each)."""
     if given is not None:
         _check.require_choice(op, f"gran_k_{arg[-1]}", given, GRANS_K)
         return given
-    matches = [g for g in GRANS_K if ceil_div(ceil_div(k, g), per_word) == scale.shape[1]]
+    matches = [g for g in GRANS_K if ceil_div(ceil_div(k, g), per_word) == scale.shape[-1]]
     if len(matches) == 2 and k > 32:
         got = f"shape {list(scale.shape)}, which fits both"
         _check.fail(op, arg, f"gran_k_{arg[-1]}=32 or 128 to be given for K={k}", got)
@@ -289,7 +300,7 @@ def _infer_gran_k(
     return matches[0]  # for K <= 32 there is one group either way
 
 
-def _prepare(
+def prepare(
     op: str, arg: str, operand: Operand, transposed: bool, gran_k: int | None, validate: bool
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(K-major data, packed scales, gran_k) of an operand as the user gave it."""
@@ -316,10 +327,10 @@ def _prepare(
             data = torch.ops.sm120.transpose_fp4.default(data.contiguous())
     k = logical_k(data)
     if scale.dtype == torch.int32:
-        return data, scale, _infer_gran_k(op, sf, scale, k, 4, gran_k)
+        return data, scale, infer_gran_k(op, sf, scale, k, 4, gran_k)
     if transposed:
         scale = scale.t()
-    gran_k = _infer_gran_k(op, sf, scale, k, 1, gran_k)
+    gran_k = infer_gran_k(op, sf, scale, k, 1, gran_k)
     rows, groups = data.shape[0], ceil_div(k, gran_k)
     # Where several gran_mn fit, they mean the same: one block holds all rows.
     grans_mn = [g for g in GRANS_MN if ceil_div(rows, g) == scale.shape[0]]
@@ -373,8 +384,8 @@ def gemm(
     """
     op = "gemm"
     _check.require_choice(op, "layout", layout, LAYOUTS)
-    a_data, sfa, gran_k_a = _prepare(op, "a", a, layout[0] == "t", gran_k_a, validate)
-    b_data, sfb, gran_k_b = _prepare(op, "b", b, layout[1] == "n", gran_k_b, validate)
+    a_data, sfa, gran_k_a = prepare(op, "a", a, layout[0] == "t", gran_k_a, validate)
+    b_data, sfb, gran_k_b = prepare(op, "b", b, layout[1] == "n", gran_k_b, validate)
     _check.require_no_grad(op, c=c)
     splits = [] if head_splits is None else list(head_splits)
     leader = out if out is not None else c

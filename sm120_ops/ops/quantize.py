@@ -295,8 +295,8 @@ def _check_dequantize(
 
 
 def logical_k(data: torch.Tensor) -> int:
-    """K of K-major FP8 or packed FP4 data."""
-    return data.shape[1] if data.dtype == torch.float8_e4m3fn else data.shape[1] * 2
+    """K of K-major FP8 or packed FP4 data, of any rank."""
+    return data.shape[-1] if data.dtype == torch.float8_e4m3fn else data.shape[-1] * 2
 
 
 def decode(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

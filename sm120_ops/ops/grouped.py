@@ -1,0 +1,412 @@
+"""m-grouped block-scaled GEMM, the expert products of a MoE layer: D = A @ B[expert].T, row by row.
+
+A has the tokens sorted by expert, B [G, N, K] one weight matrix an expert. Three layouts say which
+rows belong to which expert:
+
+    grouped_gemm          A [M, K], m_indices int32 [M]: the expert of each row, -1 for padding.
+                          Rows come in segments of `alignment`; the valid rows of a segment stand
+                          at its head and share one expert.
+    grouped_gemm_psum     A [M, K], group_ends int32 [G]: group g has the rows from the end of the
+                          group before it, rounded up to `alignment`, to group_ends[g].
+    grouped_gemm_masked   A [G, Mmax, K], masked_m int32 [G]: of group g the first masked_m[g] rows.
+
+All index tensors are read on the device at run time, so a captured CUDA graph may be replayed with
+others. Rows of no group are never read into a result and never written. Index tensors that break
+their layout cannot cause an access out of bounds: see _segment_runs(), _psum_runs() and
+_masked_runs(), which define what is computed then, and require_layout(), which names the first bad
+row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .. import _check
+from .gemm import OUT_DTYPES, Operand, check_operand, check_same_k, prepare
+from .groups import check_group_scales, prepare_groups
+from .layout import TAGS, align, ceil_div, check_packed_scales
+from .quantize import GRANS_K, decode, logical_k, scale_values
+
+ALIGNMENTS = (16, 32, 64, 128)
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Of each op: the name of its index tensor, and its options with their defaults.
+OPS = {
+    "grouped_gemm": ("m_indices", {"alignment": 128}),
+    "grouped_gemm_psum": ("group_ends", {"alignment": 128, "expected_m": 0}),
+    "grouped_gemm_masked": ("masked_m", {"expected_m": 0}),
+}
+
+_lib = torch.library.Library("sm120", "FRAGMENT")
+for _op, (_index, _options) in OPS.items():
+    _inputs = (
+        f"Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor {_index}, int gran_k_a, int gran_k_b"
+    )
+    _tail = "".join(f", int {name}={default}" for name, default in _options.items())
+    _lib.define(f"{_op}({_inputs}, ScalarType out_dtype{_tail}) -> Tensor", tags=TAGS)
+    _lib.define(f"{_op}.out({_inputs}{_tail}, *, Tensor(a!) out) -> ()", tags=TAGS)
+
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+
+def _check_index(op: str, arg: str, index: torch.Tensor, count: int) -> None:
+    _check.require_tensor(op, arg, index, rank=1)
+    _check.require_dtype(op, arg, index, (torch.int32,))
+    if index.shape[0] != count:
+        _check.fail(op, arg, f"shape [{count}]", index.shape)
+    if index.stride(0) != 1 and count > 1:
+        _check.fail(op, arg, "a contiguous tensor", f"strides {list(index.stride())}")
+
+
+def _check_grouped(
+    op: str,
+    inputs: Inputs,
+    grans: tuple[int, int],
+    out_dtype: torch.dtype,
+    options: Mapping[str, int],
+) -> tuple[int, ...]:
+    """Checks everything but `out`; gives the shape of D."""
+    (a, sfa, b, sfb, index), (gran_k_a, gran_k_b) = inputs, grans
+    _check.require_choice(op, "gran_k_a", gran_k_a, GRANS_K)
+    _check.require_choice(op, "gran_k_b", gran_k_b, GRANS_K)
+    _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
+    _check.require_choice(op, "alignment", options.get("alignment", 128), ALIGNMENTS)
+    expected_m = options.get("expected_m", 0)
+    _check.require(expected_m >= 0, op, "expected_m", "a row count, or 0 for unknown", expected_m)
+    masked = op == "grouped_gemm_masked"
+    check_operand(op, "a", a, 3 if masked else 2)
+    check_operand(op, "b", b, 3)
+    k = check_same_k(op, a, b)
+    groups, n = b.shape[0], b.shape[1]
+    if masked:
+        if a.shape[0] != groups:
+            _check.fail(op, "a", f"{groups} groups as in b", f"shape {list(a.shape)}")
+        check_group_scales(op, "sfa", sfa, groups, a.shape[1], ceil_div(k, gran_k_a))
+    else:
+        check_packed_scales(op, "sfa", sfa, a.shape[0], ceil_div(k, gran_k_a))
+    check_group_scales(op, "sfb", sfb, groups, n, ceil_div(k, gran_k_b))
+    name = OPS[op][0]
+    _check_index(op, name, index, a.shape[0] if op == "grouped_gemm" else groups)
+    _check.require_same_device(op, "a", a=a, sfa=sfa, b=b, sfb=sfb, **{name: index})
+    return (*a.shape[:-1], n)
+
+
+def _check_grouped_out(op: str, out: torch.Tensor, shape: tuple[int, ...], inputs: Inputs) -> None:
+    _check.require_tensor(op, "out", out, rank=len(shape))
+    if any(got != wanted for got, wanted in zip(out.shape, shape, strict=True)):
+        _check.fail(op, "out", f"shape {list(shape)}", out.shape)
+    strides = f"strides {list(out.stride())}"
+    if out.stride(-1) != 1 and shape[-1] > 1:
+        _check.fail(op, "out", "contiguous rows (last stride 1)", strides)
+    if out.stride(-2) < shape[-1] and shape[-2] > 1:
+        _check.fail(op, "out", f"a row stride >= {shape[-1]}", strides)
+    if len(shape) == 3 and shape[0] > 1 and shape[1] > 0:
+        group = (shape[1] - 1) * out.stride(1) + shape[2]
+        if out.stride(0) < group:
+            _check.fail(op, "out", f"a group stride >= {group}", strides)
+    _check.require_same_device(op, "a", a=inputs[0], out=out)
+    names = ("a", "sfa", "b", "sfb", OPS[op][0])
+    _check.require_no_overlap(op, "out", out, **dict(zip(names, inputs, strict=True)))
+
+
+# ---- Which rows are computed ---------------------------------------------------------------------
+
+Run = tuple[int, int, int]  # expert, first row, end; of A's matrix `expert` if that has groups
+
+
+def _segment_runs(m_indices: torch.Tensor, groups: int, alignment: int) -> Iterator[Run]:
+    """Of each segment the leading rows that share its first row's index, if that is an expert.
+
+    In a segment that breaks the layout the kernel may compute other rows too, each with the expert
+    its index names; every row is either so computed or left untouched.
+    """
+    indices = m_indices.tolist()
+    for begin in range(0, len(indices), alignment):
+        segment = indices[begin : begin + alignment]
+        expert = segment[0]
+        if 0 <= expert < groups:
+            length = next((i for i, e in enumerate(segment) if e != expert), len(segment))
+            yield expert, begin, begin + length
+
+
+def _psum_runs(group_ends: torch.Tensor, rows: int, alignment: int) -> Iterator[Run]:
+    """Ends are clamped to 0 .. rows, and a group starts behind the end of all groups before it."""
+    start = 0
+    for group, end in enumerate(group_ends.tolist()):
+        end = min(max(end, 0), rows)
+        if end > start:
+            yield group, start, end
+        start = max(start, align(end, alignment))
+
+
+def _masked_runs(masked_m: torch.Tensor, rows: int) -> Iterator[Run]:
+    """Counts are clamped to 0 .. rows."""
+    for group, count in enumerate(masked_m.tolist()):
+        if count > 0:
+            yield group, 0, min(count, rows)
+
+
+def require_layout(
+    op: str, arg: str, index: torch.Tensor, groups: int, rows: int, alignment: int
+) -> None:
+    """Reads the device (one sync); ValueError that names the first bad row or group."""
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        got = "a stream that is capturing a CUDA graph (the check would sync)"
+        _check.fail(op, "validate", "False under graph capture", got)
+    if index.shape[0] == 0:
+        return
+    if op == "grouped_gemm":
+        padded = functional.pad(index, (0, -index.shape[0] % alignment), value=-1)
+        segments = padded.unflatten(0, (-1, alignment))
+        first = segments[:, :1]
+        after_padding = (segments == -1).cummax(1).values & (segments != -1)
+        bad = (segments < -1) | (segments >= groups) | after_padding
+        bad |= (segments != first) & (segments != -1)
+        what, unit = f"-1 or 0 .. {groups - 1}, and segments of {alignment} rows with one", "row"
+        requirement = f"{what} expert each, padding last"
+        bad = bad.flatten()
+    elif op == "grouped_gemm_psum":
+        before = functional.pad(index[:-1], (1, 0))
+        start = torch.div(before + (alignment - 1), alignment, rounding_mode="floor") * alignment
+        # An empty group may end where the one before it did.
+        bad = ((index < start) & (index != before)) | (index > rows) | (index < 0)
+        requirement = f"ends that do not decrease, 0 .. {rows}, starts aligned to {alignment}"
+        unit = "group"
+    else:
+        bad = (index < 0) | (index > rows)
+        requirement, unit = f"counts 0 .. {rows}", "group"
+    found = bad.nonzero()
+    if found.shape[0] > 0:
+        at = int(found[0])
+        _check.fail(op, arg, requirement, f"{int(index[at])} at {unit} {at}")
+
+
+# ---- Kernels -------------------------------------------------------------------------------------
+
+
+def _grouped_into(
+    op: str,
+    out: torch.Tensor,
+    inputs: Inputs,
+    grans: tuple[int, int],
+    options: Mapping[str, int],
+) -> None:
+    """Plain PyTorch on any device; leaves rows of no group alone."""
+    (a, sfa, b, sfb, index), (gran_k_a, gran_k_b) = inputs, grans
+
+    def values(data: torch.Tensor, scale: torch.Tensor, gran_k: int) -> torch.Tensor:
+        # in float64, where 448 * 2^127 is finite
+        return decode(data, torch.float64) * scale_values(
+            scale, gran_k, logical_k(data), torch.float64
+        )
+
+    if op == "grouped_gemm":
+        runs = _segment_runs(index, b.shape[0], options["alignment"])
+    elif op == "grouped_gemm_psum":
+        runs = _psum_runs(index, a.shape[0], options["alignment"])
+    else:
+        runs = _masked_runs(index, a.shape[1])
+    last, weight = -1, a.new_empty(0, dtype=torch.float64)
+    for expert, begin, end in runs:
+        if expert != last:
+            last, weight = expert, values(b[expert], sfb[expert], gran_k_b).t()
+        tokens, scale, target = (t[expert] if a.dim() == 3 else t for t in (a, sfa, out))
+        product = values(tokens[begin:end], scale[begin:end], gran_k_a) @ weight
+        target[begin:end] = product.float().to(out.dtype)
+
+
+def _register(op: str, defaults: dict[str, int]) -> None:
+    """CPU and fake kernels of one op, which differ in their options alone.
+
+    args: a, sfa, b, sfb, index, gran_k_a, gran_k_b; then out_dtype without `out`; options.
+    """
+
+    def options(given: tuple[Any, ...]) -> dict[str, int]:
+        return {**defaults, **dict(zip(defaults, given, strict=False))}
+
+    def fake(*args: Any) -> torch.Tensor:
+        shape = _check_grouped(op, args[:5], args[5:7], args[7], options(args[8:]))
+        empty: torch.Tensor = args[0].new_empty(shape, dtype=args[7])
+        return empty
+
+    def fake_out(*args: Any, out: torch.Tensor) -> None:
+        _check.require_tensor(op, "out", out)
+        _check.require_dtype(op, "out", out, OUT_DTYPES)
+        shape = _check_grouped(op, args[:5], args[5:7], out.dtype, options(args[7:]))
+        _check_grouped_out(op, out, shape, args[:5])
+
+    def cpu(*args: Any) -> torch.Tensor:
+        out = fake(*args).zero_()
+        _grouped_into(op, out, args[:5], args[5:7], options(args[8:]))
+        return out
+
+    def cpu_out(*args: Any, out: torch.Tensor) -> None:
+        fake_out(*args, out=out)
+        _grouped_into(op, out, args[:5], args[5:7], options(args[7:]))
+
+    torch.library.register_fake(f"sm120::{op}", fake, lib=_lib)
+    torch.library.register_fake(f"sm120::{op}.out", fake_out, lib=_lib)
+    _lib.impl(op, cpu, "CPU")
+    _lib.impl(f"{op}.out", cpu_out, "CPU")
+
+
+for _op, (_index, _options) in OPS.items():
+    _register(_op, _options)
+
+
+# ---- Wrappers ------------------------------------------------------------------------------------
+
+
+def _run(
+    op: str,
+    a: Operand,
+    b: Operand,
+    index: torch.Tensor,
+    options: dict[str, int],
+    gran_k_a: int | None,
+    gran_k_b: int | None,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None,
+    validate: bool,
+    validate_scales: bool,
+) -> torch.Tensor:
+    if op == "grouped_gemm_masked":
+        a_data, sfa, gran_k_a = prepare_groups(op, "a", a, gran_k_a, validate_scales)
+    else:
+        a_data, sfa, gran_k_a = prepare(op, "a", a, False, gran_k_a, validate_scales)
+    b_data, sfb, gran_k_b = prepare_groups(op, "b", b, gran_k_b, validate_scales)
+    if out is not None:
+        _check.require_tensor(op, "out", out)
+        _check.require_dtype(op, "out", out, OUT_DTYPES)
+        if out_dtype is not None and out.dtype != out_dtype:
+            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
+    dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+    inputs = (a_data, sfa, b_data, sfb, index)
+    if not torch.compiler.is_compiling():
+        shape = _check_grouped(op, inputs, (gran_k_a, gran_k_b), dtype, options)
+        if out is not None:
+            _check_grouped_out(op, out, shape, inputs)
+        if validate and _check.has_address(index):
+            alignment = options.get("alignment", 1)
+            rows = a_data.shape[-2]
+            require_layout(op, OPS[op][0], index, b_data.shape[0], rows, alignment)
+    packet = getattr(torch.ops.sm120, op)
+    if out is None:
+        result: torch.Tensor = packet.default(*inputs, gran_k_a, gran_k_b, dtype, *options.values())
+        return result
+    packet.out(*inputs, gran_k_a, gran_k_b, *options.values(), out=out)
+    return out
+
+
+def grouped_gemm(
+    a: Operand,
+    b: Operand,
+    m_indices: torch.Tensor,
+    *,
+    alignment: int = 128,
+    gran_k_a: int | None = None,
+    gran_k_b: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    validate: bool = False,
+    validate_scales: bool = True,
+) -> torch.Tensor:
+    """D[m] = A[m] @ B[m_indices[m]].T, the contiguous layout (DeepGEMM's m-grouped contiguous).
+
+    Args:
+        a: (data, scale) of the tokens. data: float8_e4m3fn [M, K] or packed FP4 [M, K / 2],
+            K-major. scale: packed int32, bytes or float32, as gemm() takes them.
+        b: (data, scale) of the experts' weights. data: [G, N, K] (FP4: [G, N, K / 2]), K-major.
+            scale: packed int32 [G, N, ceil(groups / 4)] with rows contiguous and the other strides
+            multiples of 4, or bytes or float32 powers of two [G, N, groups], also one a block of 32
+            or 128 rows.
+        m_indices: int32 [M], the expert of each row, or -1. Rows come in segments of `alignment`:
+            in each the valid rows first, all of one expert, then -1 rows. Segments that are all -1
+            cost nothing.
+        alignment: rows of a segment: 16, 32, 64 or 128. Few rows an expert want a small one.
+        gran_k_a, gran_k_b: as in gemm().
+        out_dtype: bfloat16 (default) or float32.
+        out: D to write, last stride 1, any row stride. Rows of no expert keep what they hold.
+        validate: check m_indices on the device (one sync) and raise ValueError that names the first
+            bad row. Without it rows that break the layout are computed with the expert that their
+            index names, or left untouched; an index outside of [0, G) means padding. Not possible
+            while a CUDA graph is captured; skipped under torch.compile.
+        validate_scales: check that float32 scales are powers of two (see pack_scales()).
+
+    Returns:
+        D [M, N]; without `out`, rows of no expert are 0.
+    """
+    options = {"alignment": alignment}
+    return _run(
+        "grouped_gemm", a, b, m_indices, options, gran_k_a, gran_k_b, out_dtype, out, validate,
+        validate_scales,
+    )  # fmt: skip
+
+
+def grouped_gemm_psum(
+    a: Operand,
+    b: Operand,
+    group_ends: torch.Tensor,
+    *,
+    alignment: int = 128,
+    expected_m: int = 0,
+    gran_k_a: int | None = None,
+    gran_k_b: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    validate: bool = False,
+    validate_scales: bool = True,
+) -> torch.Tensor:
+    """As grouped_gemm(), with the groups given by where they end (DeepGEMM's psum layout).
+
+    Args:
+        group_ends: int32 [G]; group g has rows s .. group_ends[g] - 1, where s is the end of the
+            group before it, rounded up to a multiple of `alignment` (0 for the first). Ends must
+            not decrease; they are clamped to 0 .. M, and a group begins behind all before it.
+        expected_m: rows a group is expected to have; only steers the choice of tiles. 0: unknown.
+
+    The other arguments and the result are grouped_gemm()'s.
+    """
+    options = {"alignment": alignment, "expected_m": expected_m}
+    return _run(
+        "grouped_gemm_psum", a, b, group_ends, options, gran_k_a, gran_k_b, out_dtype, out,
+        validate, validate_scales,
+    )  # fmt: skip
+
+
+def grouped_gemm_masked(
+    a: Operand,
+    b: Operand,
+    masked_m: torch.Tensor,
+    *,
+    expected_m: int = 0,
+    gran_k_a: int | None = None,
+    gran_k_b: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    validate: bool = False,
+    validate_scales: bool = True,
+) -> torch.Tensor:
+    """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T (DeepGEMM's m-grouped masked).
+
+    Args:
+        a: (data, scale); data [G, Mmax, K], scale as for b: packed int32 [G, Mmax, words], bytes or
+            float32 [G, Mmax, groups]. Mmax may be any number.
+        b: (data, scale) as in grouped_gemm().
+        masked_m: int32 [G], rows of each group; clamped to 0 .. Mmax.
+        expected_m: rows a group is expected to have; only steers the choice of tiles. 0: unknown.
+        out: D to write, [G, Mmax, N], last stride 1.
+
+    The other arguments are grouped_gemm()'s. Returns D [G, Mmax, N].
+    """
+    options = {"expected_m": expected_m}
+    return _run(
+        "grouped_gemm_masked", a, b, masked_m, options, gran_k_a, gran_k_b, out_dtype, out,
+        validate, validate_scales,
+    )  # fmt: skip
