@@ -13,6 +13,7 @@ from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
+from .ops.hc_prenorm import hc_prenorm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.quantize import dequantize, quantize
 
@@ -28,6 +29,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_masked",
     "grouped_gemm_psum",
+    "hc_prenorm",
     "is_supported",
     "nn",
     "pack_fp4",

@@ -25,6 +25,13 @@ __device__ __forceinline__ void pdl_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// PTX ISA 9.7.13.1 "barrier": over the first kThreads threads to come, whole warps. Barrier 0 is
+// __syncthreads().
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // Barrier and memory fence over all blocks of a cooperative launch; every thread must call it.
 __device__ __forceinline__ void grid_barrier() {
   cooperative_groups::this_grid().sync();

@@ -35,6 +35,13 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
       " {%8,%9}, {%0,%1,%2,%3};" SM120_MMA_OPERANDS(d, a, b));
 }
 
+// Bits of a float32 -> of the nearest TF32, ties away from zero; Inf and NaN stay. PTX ISA "cvt".
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "r"(bits));
+  return rounded;
+}
+
 // m16n8k8, tf32 x tf32 -> f32; the same instruction on both targets.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {

@@ -3,6 +3,18 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, grouped, layout, quantize
+from . import (
+    gemm,
+    grouped,
+    hc_prenorm,
+    layout,
+    quantize,
+)
 
-__all__ = ["gemm", "grouped", "layout", "quantize"]
+__all__ = [
+    "gemm",
+    "grouped",
+    "hc_prenorm",
+    "layout",
+    "quantize",
+]
