@@ -14,7 +14,9 @@ from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.hc_prenorm import hc_prenorm
+from .ops.indexer import indexer_topk, mqa_cache_write
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.mqa import mqa_logits, paged_mqa_logits, paged_mqa_metadata
 from .ops.quantize import dequantize, quantize
 
 _load.load()
@@ -30,10 +32,15 @@ __all__ = [
     "grouped_gemm_masked",
     "grouped_gemm_psum",
     "hc_prenorm",
+    "indexer_topk",
     "is_supported",
+    "mqa_cache_write",
+    "mqa_logits",
     "nn",
     "pack_fp4",
     "pack_scales",
+    "paged_mqa_logits",
+    "paged_mqa_metadata",
     "quantize",
     "stats",
     "transpose_fp4",

@@ -7,7 +7,9 @@ from . import (
     gemm,
     grouped,
     hc_prenorm,
+    indexer,
     layout,
+    mqa,
     quantize,
 )
 
@@ -15,6 +17,8 @@ __all__ = [
     "gemm",
     "grouped",
     "hc_prenorm",
+    "indexer",
     "layout",
+    "mqa",
     "quantize",
 ]
