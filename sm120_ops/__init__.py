@@ -16,6 +16,9 @@ from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.hc_prenorm import hc_prenorm
 from .ops.indexer import indexer_topk, mqa_cache_write
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
+from .ops.moe import moe_capacity, moe_combine, moe_route
+from .ops.moe_activation import moe_activation
+from .ops.moe_layer import moe, moe_workspace_size
 from .ops.mqa import mqa_logits, paged_mqa_logits, paged_mqa_metadata
 from .ops.quantize import dequantize, quantize
 
@@ -34,6 +37,12 @@ __all__ = [
     "hc_prenorm",
     "indexer_topk",
     "is_supported",
+    "moe",
+    "moe_activation",
+    "moe_capacity",
+    "moe_combine",
+    "moe_route",
+    "moe_workspace_size",
     "mqa_cache_write",
     "mqa_logits",
     "nn",

@@ -26,6 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", type=Path, metavar="DIR", help="local copy of all-MiniLM-L6-v2 (FP32 or BF16)"
     )
     demo.add_argument("--ops", action="store_true", help="run each op once instead of the model")
+    demo.add_argument(
+        "--moe", action="store_true", help="the model's feed-forward layers as mixtures of experts"
+    )
     demo.add_argument("--device", help="cpu or cuda[:N]; default: the GPU if the kernels run on it")
     demo.add_argument(
         "--export-bf16", type=Path, metavar="DIR", help="write a BF16 copy of the model and stop"
@@ -36,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="fewer shapes and runs")
     size.add_argument("--full", action="store_true", help="the layers of whole models, every M")
     bench.add_argument(
-        "--families", nargs="+", metavar="NAME", help="gemm, quantize, overhead; default: all"
+        "--families", nargs="+", metavar="NAME", help="gemm, quantize, overhead, moe; default: all"
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(
@@ -112,6 +115,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         return run_demo(
             arguments.model,
             ops=arguments.ops,
+            moe=arguments.moe,
             export=arguments.export_bf16,
             device_name=arguments.device,
         )

@@ -15,7 +15,7 @@ import torch
 
 from sm120_ops import bench, device
 from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, overhead, peers, quantize
+from sm120_ops.bench import gemm, moe, overhead, peers, quantize
 from sm120_ops.bench import report as bench_report
 from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
 from sm120_ops.bench.context import Context
@@ -166,6 +166,34 @@ def test_quantize_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(lines) == len(quantize.CASES)
     assert all(line.gbps for line in lines)
     assert all(line.mark is None for line in lines)  # marks belong to the big shape
+
+
+def test_moe_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = moe.Model("small", 64, 4, 2, 32, "w4a8", 32, "gpt-oss", bias=True)
+    cases = [moe.Case(small, 5), moe.Case(small, 3, "one"), moe.Case(small, 3, "none")]
+    monkeypatch.setattr(moe, "cases", lambda mode: iter(cases))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    lines = list(moe.run(context))
+    ours = [line for line in lines if line.provider == "sm120_ops"]
+    assert [line.shape for line in ours] == [f"small T={c.tokens} {c.routing}" for c in cases]
+    assert ours[1].weight_bytes == 64 * 64 // 2 + 32 * 64 // 2  # of the one expert that is hit
+    assert ours[2].weight_bytes == ours[2].flops == 0
+    assert ours[0].flops == 5 * 2 * 3 * 2 * 64 * 32
+    for line in lines:
+        if line.provider == "unfused ops":
+            assert line.diff is not None
+            assert line.diff < 1e-3
+    assert any(line.provider == "torch._scaled_mm loop" for line in lines)
+
+
+@pytest.mark.parametrize("mode", ["quick", "standard", "full"])
+def test_moe_cases(mode: str) -> None:
+    listed = list(moe.cases(mode))
+    assert len(listed) == len(set(listed))
+    models = [case.model for case in listed]
+    assert [m for m, n in zip(models, [None, *models], strict=False) if m != n] == list(
+        dict.fromkeys(models)
+    )  # the cases of a model stand together
 
 
 def test_overhead_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

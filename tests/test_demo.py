@@ -12,6 +12,7 @@ import torch
 from sm120_ops import demo
 from sm120_ops.__main__ import main
 from sm120_ops._console import UsageError
+from sm120_ops.demo import moe as demo_moe
 from sm120_ops.demo import optour, weights
 from sm120_ops.demo.bert import SentenceEncoder
 from sm120_ops.demo.tokenizer import WordPiece, split_words
@@ -212,3 +213,32 @@ def test_real_model(device: torch.device) -> None:
     assert mxfp8.nearest_kept == 12
     assert w4a8.nearest_kept >= 11
     assert mxfp4.nearest_kept >= 10
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------
+
+
+def test_clusters_are_balanced() -> None:
+    rows = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    rows[:32] += 10
+    members = demo_moe.cluster(rows, 3)
+    assert members.shape == (3, 32)
+    assert members.flatten().sort().values.tolist() == list(range(96))
+    assert torch.equal(members, demo_moe.cluster(rows, 3))
+    assert any(row.tolist() == list(range(32)) for row in members)
+
+
+def test_moe_formats_stay_close(tiny_model: Path, device: torch.device) -> None:
+    rows = demo_moe.compare_moe(tiny_model, device, demo.SENTENCES[:4])
+    assert [row.format for row in rows] == ["FP32", "MXFP8", "W4A8", "MXFP4"]
+    assert [row.experts for row in rows] == ["2 of 4 x 32 neurons"] * 4
+    fp32, mxfp8, w4a8, mxfp4 = rows
+    assert fp32.layer_error == 0
+    assert mxfp8.layer_error < 0.08 < mxfp4.layer_error
+    assert 1 > mxfp8.layer_cosine > w4a8.layer_cosine > mxfp4.layer_cosine > 0.8
+    assert fp32.megabytes > mxfp8.megabytes > w4a8.megabytes
+
+
+def test_moe_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--moe", "--device", "cpu", "--model", str(tiny_model)]) == 0
+    assert "each FFN as 2 of 4 x 32 neurons" in capsys.readouterr().out

@@ -44,6 +44,14 @@ struct ScaleRule {
   uint32_t emax;
 };
 
+// The rule of a format: OCP MX's, or else DeepGEMM's. The largest elements are 448 = 1.75 * 2^8
+// (E4M3) and 6 = 1.5 * 2^2 (E2M1).
+__host__ __device__ inline ScaleRule scale_rule(bool fp4, bool ocp) {
+  const uint32_t emax = fp4 ? 2 : 8;
+  if (ocp) return {emax << 23, 0, emax};
+  return {bits_of(1e-4f), 0x007fffffu - (fp4 ? 0x00400000 : 0x00600000), emax};
+}
+
 // Takes the bits of a float32 >= 0, Inf or NaN.
 __host__ __device__ inline uint32_t scale_byte(uint32_t amax, const ScaleRule& rule) {
   const uint32_t clamped = amax > rule.amax_floor ? amax : rule.amax_floor;

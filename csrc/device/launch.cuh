@@ -37,4 +37,9 @@ __device__ __forceinline__ void grid_barrier() {
   cooperative_groups::this_grid().sync();
 }
 
+// How many threads of the block say yes, and a block barrier; every thread must call it.
+__device__ __forceinline__ int count_in_block(bool yes) {
+  return __syncthreads_count(yes);
+}
+
 }  // namespace sm120

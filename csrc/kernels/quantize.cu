@@ -4,6 +4,7 @@
 // values that all lie in the same eight columns. So a K-group is a quad (gran_k 32) or a half warp
 // (gran_k 128), every chunk stays in registers from the load to the store, and each row of a tile
 // has one scale word (gran_k 32) or one byte of it (gran_k 128).
+#include "device/chunk.cuh"
 #include "device/convert.cuh"
 #include "device/warp.cuh"
 #include "kernels/quantize.h"
@@ -50,21 +51,9 @@ struct Place {
 };
 
 template <typename T>
-using Words = uint32_t[kChunkWords<T>];
-template <typename T>
 using RawBits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
 // ---- Loads -------------------------------------------------------------------------------------
-
-// A chunk as 16-byte loads.
-template <typename T>
-__device__ __forceinline__ void load_chunk(const T* p, Words<T>& w) {
-#pragma unroll
-  for (int j = 0; j < kChunkWords<T>; j += 4) {
-    const uint4 v = load_readonly(reinterpret_cast<const uint4*>(p) + j / 4);
-    w[j] = v.x, w[j + 1] = v.y, w[j + 2] = v.z, w[j + 3] = v.w;
-  }
-}
 
 // Row-major source, any alignment of T.
 template <typename T>
@@ -84,7 +73,7 @@ __device__ __forceinline__ void load_rows(const QuantizeArgs& args, const Place&
     if (i > 0) p += at.step_to(i) * args.stride;
     if (!at.has_row(i)) continue;
     if (vector) {
-      load_chunk(p, x[i]);
+      load_chunk<T, Load::kReadonly>(p, x[i]);
     } else {
       const auto* bits = reinterpret_cast<const RawBits<T>*>(p);
 #pragma unroll
@@ -356,20 +345,14 @@ unsigned grid_of(int64_t rows, uint32_t cols) {
   return static_cast<unsigned>((rows + kTile - 1) / kTile * ((cols + kTile - 1) / kTile));
 }
 
-ScaleRule rule_of(const QuantizeArgs& args) {
-  // The largest elements are 448 = 1.75 * 2^8 and 6 = 1.5 * 2^2.
-  const uint32_t emax = args.fp4 ? 2 : 8;
-  if (args.ocp_rule) return {emax << 23, 0, emax};
-  return {bits_of(1e-4f), 0x007fffffu - (args.fp4 ? 0x00400000 : 0x00600000), emax};
-}
-
 template <typename T>
 void launch_quantize_as(const QuantizeArgs& args, cudaStream_t stream) {
   const auto kernel = args.fp4          ? args.transposed ? &quantize_kernel<T, true, true>
                                                           : &quantize_kernel<T, true, false>
                       : args.transposed ? &quantize_kernel<T, false, true>
                                         : &quantize_kernel<T, false, false>;
-  kernel<<<grid_of(args.rows, args.cols), kThreads, 0, stream>>>(args, rule_of(args));
+  kernel<<<grid_of(args.rows, args.cols), kThreads, 0, stream>>>(
+      args, scale_rule(args.fp4, args.ocp_rule));
 }
 
 template <typename T>

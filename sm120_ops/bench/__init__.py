@@ -29,6 +29,7 @@ FAMILIES = {
     "gemm": "sm120_ops.bench.gemm",
     "quantize": "sm120_ops.bench.quantize",
     "overhead": "sm120_ops.bench.overhead",
+    "moe": "sm120_ops.bench.moe",
 }
 
 

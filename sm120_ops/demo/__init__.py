@@ -180,6 +180,7 @@ def run_demo(
     model: Path | None = None,
     *,
     ops: bool = False,
+    moe: bool = False,
     export: Path | None = None,
     device_name: str | None = None,
 ) -> int:
@@ -199,7 +200,12 @@ def run_demo(
         console.print(f"wrote {export} ({size / 1e6:.0f} MB); read it with --model {export}")
         return 0
     if directory is not None:
-        print_encodings(compare_formats(directory, device), device)
+        if moe:
+            from sm120_ops.demo.moe import compare_moe, print_moe
+
+            print_moe(compare_moe(directory, device, SENTENCES), device)
+        else:
+            print_encodings(compare_formats(directory, device), device)
         if device.type == "cpu":
             console.print(
                 "CPU times are those of the PyTorch reference, which is made to be right, "

@@ -9,6 +9,9 @@ from . import (
     hc_prenorm,
     indexer,
     layout,
+    moe,
+    moe_activation,
+    moe_layer,
     mqa,
     quantize,
 )
@@ -19,6 +22,9 @@ __all__ = [
     "hc_prenorm",
     "indexer",
     "layout",
+    "moe",
+    "moe_activation",
+    "moe_layer",
     "mqa",
     "quantize",
 ]
