@@ -8,6 +8,13 @@ and give None. What is right here and not in DeepGEMM's own kernels for SM120: d
 from __future__ import annotations
 
 from . import testing, utils
+from .attention import (
+    fp8_fp4_mqa_logits,
+    fp8_fp4_paged_mqa_logits,
+    fp8_mqa_logits,
+    fp8_paged_mqa_logits,
+    get_paged_mqa_logits_metadata,
+)
 from .gemm import (
     cublaslt_gemm_nn,
     cublaslt_gemm_nt,
@@ -24,6 +31,18 @@ from .gemm import (
     fp8_gemm_tn,
     fp8_gemm_tt,
 )
+from .grouped import (
+    fp8_m_grouped_gemm_nt_masked,
+    m_grouped_fp4_gemm_nt_contiguous,
+    m_grouped_fp4_gemm_nt_masked,
+    m_grouped_fp8_fp4_gemm_nn_contiguous,
+    m_grouped_fp8_fp4_gemm_nt_contiguous,
+    m_grouped_fp8_fp4_gemm_nt_masked,
+    m_grouped_fp8_gemm_nn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
+from .hyperconnection import tf32_hc_prenorm_gemm
 from .layout import transform_sf_into_required_layout
 from .mega import (
     SymmBuffer,
@@ -93,11 +112,16 @@ __all__ = [
     "fp8_fp4_gemm_tn",
     "fp8_fp4_gemm_tt",
     "fp8_fp4_mega_moe",
+    "fp8_fp4_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_nt_skip_head_mid",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fp8_m_grouped_gemm_nt_masked",
+    "fp8_mqa_logits",
+    "fp8_paged_mqa_logits",
     "get_compile_mode",
     "get_k_alignment_for_contiguous_layout",
     "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
@@ -106,6 +130,7 @@ __all__ = [
     "get_mn_major_tma_aligned_packed_ue8m0_tensor",
     "get_mn_major_tma_aligned_tensor",
     "get_num_sms",
+    "get_paged_mqa_logits_metadata",
     "get_pdl",
     "get_symm_buffer_for_mega_moe",
     "get_tc_util",
@@ -113,6 +138,14 @@ __all__ = [
     "get_tma_aligned_size",
     "init",
     "init_dist",
+    "m_grouped_fp4_gemm_nt_contiguous",
+    "m_grouped_fp4_gemm_nt_masked",
+    "m_grouped_fp8_fp4_gemm_nn_contiguous",
+    "m_grouped_fp8_fp4_gemm_nt_contiguous",
+    "m_grouped_fp8_fp4_gemm_nt_masked",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "pack_ue8m0_to_int",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
@@ -128,6 +161,7 @@ __all__ = [
     "set_tc_util",
     "shutdown",
     "testing",
+    "tf32_hc_prenorm_gemm",
     "transform_sf_into_required_layout",
     "transform_weights_for_mega_moe",
     "transpose_packed_fp4",

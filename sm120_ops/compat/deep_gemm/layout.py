@@ -69,26 +69,35 @@ def _pair(op: str, arg: str, recipe: Recipe) -> tuple[int, int]:
 
 
 def _pack_groups(op: str, arg: str, sf: torch.Tensor, mn: int, gran_mn: int) -> torch.Tensor:
-    """[G, ceil(mn / gran_mn), groups] -> packed int32 [G, mn, words], group after group."""
-    flat = sf.flatten(0, 1)
-    if sf.dtype == torch.float32:
-        layout.check_powers_of_two(op, arg, flat)
-    exponents = layout.exponents_of(sf)
-    if gran_mn > 1:
-        exponents = exponents.repeat_interleave(gran_mn, 1)[:, :mn]
-    groups, _, columns = exponents.shape
-    words = ceil_div(columns, 4)
-    full = functional.pad(exponents, (0, 4 * words - columns)).contiguous().view(torch.int32)
-    packed = full.new_zeros(groups, words, align(mn, 4))
-    packed[:, :, :mn] = full.transpose(1, 2)
-    return packed.transpose(1, 2)[:, :mn]
+    """[G, ceil(mn / gran_mn), columns] -> packed int32 [G, mn, words], as one matrix of all rows.
+
+    Each group begins at a multiple of 4 rows in it: strides [align(mn, 4), 1, ...].
+    """
+    groups, padded = sf.shape[0], align(mn, 4)
+    scale = sf.view(torch.uint8) if sf.dtype == torch.float8_e8m0fnu else sf
+    if padded != mn or mn % gran_mn != 0:
+        scale = scale.repeat_interleave(gran_mn, 1)[:, :mn]
+        scale, gran_mn = functional.pad(scale, (0, 0, 0, padded - mn), value=1), 1
+    flat = scale.reshape(-1, scale.shape[2])
+    words = layout.pack_scales_of(op, arg, flat, groups * padded, gran_mn, validate=True)
+    return words.t().unflatten(1, (groups, padded))[:, :, :mn].permute(1, 2, 0)
 
 
 def pack(op: str, arg: str, sf: torch.Tensor, mn: int, gran_mn: int) -> torch.Tensor:
-    """float32 or byte scales, 2-D or 3-D -> packed."""
+    """float32 or byte scales, 2-D or 3-D -> packed, in any layout that the ops take."""
     if sf.dim() == 2:
         return layout.pack_scales_of(op, arg, sf, mn, gran_mn, validate=True)
     return _pack_groups(op, arg, sf, mn, gran_mn)
+
+
+def _as_deep_gemm(sf: torch.Tensor) -> torch.Tensor:
+    """`sf`, or a copy with DeepGEMM's strides: one MN-major matrix a group, rows padded to 4."""
+    *lead, mn, columns = sf.shape
+    aligned = align(mn, 4)
+    strides = (columns * aligned, 1, aligned)[-sf.dim() :]
+    if sf.stride() == strides:
+        return sf
+    return sf.new_empty_strided((*lead, mn, columns), strides).copy_(sf)
 
 
 def required(
@@ -100,7 +109,10 @@ def required(
     recipe: tuple[int, int],
     num_groups: int | None = None,
 ) -> torch.Tensor:
-    """Scales in any accepted form -> packed int32 [(num_groups,) mn, words]."""
+    """Scales in any accepted form -> packed int32 [(num_groups,) mn, words].
+
+    What is packed already comes back as it is; the op that takes it checks its strides.
+    """
     gran_mn, gran_k = recipe
     _check.require_tensor(op, arg, sf, rank=2 if num_groups is None else 3)
     _check.require_dtype(op, arg, sf, SCALE_DTYPES)
@@ -114,10 +126,6 @@ def required(
         _check.fail(op, arg, f"shape {list(shape)} ({what})", sf.shape)
     if not packed:
         return pack(op, arg, sf, mn, gran_mn)
-    strides_fit = sf.stride(-2) == 1 and sf.stride(-1) % 4 == 0 and sf.stride(-1) >= mn
-    if not strides_fit and mn > 1 and columns > 1:
-        requirement = f"MN-major strides [..., 1, a multiple of 4 >= {align(mn, 4)}]"
-        _check.fail(op, arg, requirement, f"strides {list(sf.stride())}")
     return sf
 
 
@@ -151,7 +159,8 @@ def transform_sf_into_required_layout(
     else:
         _check.require(is_sfa is None, name_of(op), "is_sfa", "None with a recipe of two", is_sfa)
         pair = recipe
-    return required(name_of(op), "sf", sf, mn, k, _pair(op, "recipe", pair), num_groups)
+    recipe = _pair(op, "recipe", pair)
+    return _as_deep_gemm(required(name_of(op), "sf", sf, mn, k, recipe, num_groups))
 
 
 # ---- Layout helpers ------------------------------------------------------------------------------
@@ -170,19 +179,14 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor) -> torch.Tensor:
     Gives back `sf` itself where it is so already.
     """
     _check_scale("get_mn_major_tma_aligned_tensor", sf, (torch.float32,))
-    *lead, mn, groups = sf.shape
-    aligned = align(mn, 4)
-    strides = (groups * aligned, 1, aligned)[-sf.dim() :]
-    if sf.stride() == strides:
-        return sf
-    return sf.new_empty_strided((*lead, mn, groups), strides).copy_(sf)
+    return _as_deep_gemm(sf)
 
 
 def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor) -> torch.Tensor:
     """float32 (or byte) scales [(G,) mn, groups] -> packed int32 [(G,) mn, ceil(groups / 4)]."""
     op = "get_mn_major_tma_aligned_packed_ue8m0_tensor"
     _check_scale(op, sf, (torch.float32, *BYTE_SCALE_DTYPES))
-    return pack(name_of(op), "sf", sf, sf.shape[-2], 1)
+    return _as_deep_gemm(pack(name_of(op), "sf", sf, sf.shape[-2], 1))
 
 
 def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
