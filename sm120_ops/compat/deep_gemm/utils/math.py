@@ -14,12 +14,11 @@ import torch
 from torch.nn import functional
 
 from .... import _check
+from ....ops import layout
 from ....ops.layout import (
     BYTE_SCALE_DTYPES,
     FP4_DTYPES,
-    align,
     as_bytes,
-    ceil_div,
     check_powers_of_two,
     exponents_of,
     pack_nibbles,
@@ -48,6 +47,14 @@ _FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 Cast = tuple[torch.Tensor, torch.Tensor]
 
 
+def ceil_div(x: int, y: int) -> int:
+    return layout.ceil_div(x, y)
+
+
+def align(x: int, y: int) -> int:
+    return layout.align(x, y)
+
+
 def ceil_to_ue8m0(x: torch.Tensor) -> torch.Tensor:
     """Magnitudes rounded up to powers of two, from 2^-126 to 2^127."""
     bits = x.abs().float().view(torch.int32)
@@ -72,7 +79,7 @@ def pack_ue8m0_to_int(x: torch.Tensor) -> torch.Tensor:
 
 def unpack_ue8m0_from_int(packed_sf: torch.Tensor) -> torch.Tensor:
     """int32 [..., n] -> float32 [..., 4 n]."""
-    return packed_sf.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)
+    return layout.fresh(packed_sf).view(torch.float8_e8m0fnu).to(torch.float32)
 
 
 def _scales(amax: torch.Tensor, limit: float, use_ue8m0: bool) -> torch.Tensor:
@@ -103,10 +110,10 @@ def per_token_cast_to_fp8(
 ) -> Cast:
     """[M, K] -> FP8 [M, K], sf [M, ceil(K / gran_k)] (packed: int32 row-major words)."""
     _check_cast("per_token_cast_to_fp8", x, use_ue8m0, use_packed_ue8m0)
-    m, k = x.shape
+    k = x.shape[1]
     groups = functional.pad(x, (0, -k % gran_k)).unflatten(1, (-1, gran_k))
     sf = _scales(groups.abs().amax(2), E4M3_MAX, use_ue8m0)
-    data = _to_fp8(groups, sf[..., None]).view(m, -1)[:, :k].contiguous()
+    data = _to_fp8(groups, sf[..., None]).flatten(1)[:, :k].contiguous()
     return data, _packed(sf, use_packed_ue8m0)
 
 
@@ -146,7 +153,7 @@ def per_token_cast_to_fp4(
     """[M, K] with K even -> FP4, int8 [M, K / 2], sf [M, ceil(K / gran_k)] (packed: int32)."""
     op = "per_token_cast_to_fp4"
     _check_cast(op, x, use_ue8m0, use_packed_ue8m0)
-    m, k = x.shape
+    k = x.shape[1]
     if k % 2 != 0:
         _check.fail(name_of(f"utils.math.{op}"), "x", "an even K", f"K={k}")
     groups = functional.pad(x, (0, -k % gran_k)).unflatten(1, (-1, gran_k))
@@ -155,7 +162,7 @@ def per_token_cast_to_fp4(
     limits = torch.tensor(_FP4_MIDPOINTS, device=x.device)
     codes = torch.bucketize(values.abs(), limits, out_int32=True)
     codes += (values < -limits[0]).int() << 3
-    data = pack_nibbles(codes.to(torch.uint8).view(m, -1))[:, : k // 2].contiguous()
+    data = pack_nibbles(codes.to(torch.uint8).flatten(1))[:, : k // 2].contiguous()
     return data.view(torch.int8), _packed(sf, use_packed_ue8m0)
 
 
