@@ -1,15 +1,10 @@
-"""DeepGEMM's API: names and signatures, and each name called in DeepGEMM's own conventions.
-
-References are products of the unquantised inputs, as in DeepGEMM's tests, and MAX_DIFF are its
-tolerances for calc_diff(), which so hold the error of quantisation too.
-"""
+"""DeepGEMM's API: names and signatures, install(), settings, casts and layouts."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import itertools
-import math
 import os
 import sys
 import types
@@ -19,26 +14,13 @@ from typing import Any
 import deep_gemm_api
 import pytest
 import torch
+from compat_cases import BF16, FP32, Problem, powers, refused
 
 import sm120_ops
 from sm120_ops import compat
 from sm120_ops.compat import deep_gemm
 from sm120_ops.compat.deep_gemm import testing, utils
 from sm120_ops.compat.deep_gemm.testing import calc_diff
-
-BF16, FP32 = torch.bfloat16, torch.float32
-Operand = tuple[torch.Tensor, torch.Tensor]
-Recipe = tuple[int, int]
-
-# (gran_k of A, of B, A is FP4, B is FP4): the tolerance, and the recipes that are passed.
-CONFIGS = {
-    (128, 128, False, False): 0.001,
-    (32, 32, False, False): 0.001,
-    (32, 32, True, True): 0.02,
-    (128, 32, False, True): 0.01,
-    (32, 128, True, False): 0.01,
-}
-SCALE_FORMS = ("float32", "packed", "bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +31,6 @@ def settings() -> Iterator[None]:
     deep_gemm.set_mk_alignment_for_contiguous_layout(128)
     deep_gemm.set_compile_mode(0)
     deep_gemm.runtime._settings.num_sms = None
-
-
-def refused(requirement: str, error: type[Exception] = ValueError) -> Any:
-    return pytest.raises(error, match=requirement)
 
 
 # ---- Names and signatures ------------------------------------------------------------------------
@@ -210,10 +188,11 @@ def test_settings() -> None:
     deep_gemm.use_deterministic_algorithms(True)
     deep_gemm.init("lib", "/usr/local/cuda")
     deep_gemm.shutdown()
-    for function in (
+    setters: tuple[Any, ...] = (
         deep_gemm.set_num_sms,
         deep_gemm.set_mk_alignment_for_contiguous_layout,
-    ):
+    )
+    for function in setters:
         with refused("expected a positive number, got 0"):
             function(0)
         with refused("expected an int, got str", TypeError):
@@ -301,21 +280,6 @@ def test_ceil_to_ue8m0() -> None:
         deep_gemm.pack_ue8m0_to_int(torch.ones(2, 3))
 
 
-def powers(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.randint(-20, 20, shape, device=device).float().exp2()
-
-
-def as_form(sf: torch.Tensor, form: str, mn: int, recipe: Recipe) -> torch.Tensor:
-    """float32 scales in one of the accepted forms."""
-    if form == "float32":
-        return sf
-    if form == "bytes":
-        return (sf.view(torch.int32) >> 23).to(torch.uint8)
-    k = sf.shape[-1] * recipe[1]
-    groups = sf.shape[0] if sf.dim() == 3 else None
-    return deep_gemm.transform_sf_into_required_layout(sf, mn, k, recipe, groups)
-
-
 @pytest.mark.parametrize("shape", [(37, 5), (64, 8), (3, 37, 5), (2, 64, 1)])
 def test_layouts(device: torch.device, shape: tuple[int, ...]) -> None:
     sf = powers(shape, device)
@@ -332,7 +296,9 @@ def test_layouts(device: torch.device, shape: tuple[int, ...]) -> None:
     assert packed.stride() == (words * aligned, 1, aligned)[-len(shape) :]
     values = deep_gemm.unpack_ue8m0_from_int(packed)
     assert torch.equal(values[..., :groups], sf)
-    for recipe, options in (((1, 32), {}), ((128, 1, 32), {"is_sfa": False})):
+    forms: list[tuple[tuple[int, ...], dict[str, Any]]]
+    forms = [((1, 32), {}), ((128, 1, 32), {"is_sfa": False})]
+    for recipe, options in forms:
         if len(shape) == 3:
             options["num_groups"] = shape[0]
         out = deep_gemm.transform_sf_into_required_layout(sf, mn, 32 * groups, recipe, **options)
@@ -403,7 +369,7 @@ def test_testing_helpers(device: torch.device, monkeypatch: Any) -> None:
     y[5] += 1
     with pytest.raises(AssertionError, match="1 elements differ, first 5"):
         testing.assert_bitwise_equal(x, y)
-    runs = []
+    runs: list[int] = []
     testing.test_filter(lambda: True)(runs.append)(1)
     testing.test_filter(lambda: False)(runs.append)(2)
     assert runs == [1]
@@ -426,215 +392,6 @@ def test_bench_helpers() -> None:
     )
     assert 0 < seconds < 1
     assert testing.get_arch_major() in (9, 12)
-
-
-# ---- Dense ---------------------------------------------------------------------------------------
-
-
-def quantised(x: torch.Tensor, gran_k: int, fp4: bool, block: bool = False) -> Operand:
-    if fp4:
-        return deep_gemm.per_token_cast_to_fp4(x, True, gran_k)
-    cast = deep_gemm.per_block_cast_to_fp8 if block else deep_gemm.per_token_cast_to_fp8
-    return cast(x, True, gran_k)
-
-
-class Problem:
-    """Random A, B (and C) with their quantised forms, as DeepGEMM's tests make them."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        m: int,
-        n: int,
-        k: int,
-        config: tuple[int, int, bool, bool],
-        form: str = "float32",
-        out_dtype: torch.dtype = BF16,
-        accumulate: bool = False,
-    ) -> None:
-        generator = torch.Generator(device).manual_seed(m + n + k)
-        randn = lambda *shape: torch.randn(*shape, device=device, generator=generator)  # noqa: E731
-        x, w = randn(m, k).bfloat16(), randn(n, k).bfloat16()
-        gran_a, gran_b, fp4_a, fp4_b = config
-        block = not fp4_a and not fp4_b and not accumulate
-        a, b = quantised(x, gran_a, fp4_a), quantised(w, gran_b, fp4_b, block)
-        recipe_a, recipe_b = (1, gran_a), (gran_b if block else 1, gran_b)
-        self.a = a[0], as_form(a[1], form, m, recipe_a)
-        self.b = b[0], as_form(b[1], form, n, recipe_b)
-        self.c = randn(m, n).mul(32).to(out_dtype) if accumulate else None
-        legacy = config == (128, 128, False, False) and not accumulate
-        self.options: dict[str, Any] = (
-            {} if legacy else {"recipe_a": recipe_a, "recipe_b": recipe_b}
-        )
-        self.d = torch.full((m, n), math.nan, device=device, dtype=out_dtype)
-        self.wanted = x.float() @ w.float().t() + (0 if self.c is None else self.c.float())
-        self.limit = CONFIGS[config]
-
-    def check(self) -> None:
-        assert calc_diff(self.d, self.wanted) < self.limit
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("form", SCALE_FORMS)
-@pytest.mark.parametrize("out_dtype", [BF16, FP32])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_dense(
-    device: torch.device,
-    config: tuple[int, int, bool, bool],
-    form: str,
-    out_dtype: torch.dtype,
-    accumulate: bool,
-) -> None:
-    for m, n, k in [(1, 256, 512), (96, 128, 384), (130, 264, 256)]:
-        problem = Problem(device, m, n, k, config, form, out_dtype, accumulate)
-        deep_gemm.fp8_fp4_gemm_nt(problem.a, problem.b, problem.d, problem.c, **problem.options)
-        problem.check()
-        if problem.c is not None:  # in place, as D is C
-            out = problem.c.clone()
-            deep_gemm.fp8_fp4_gemm_nt(problem.a, problem.b, out, out, **problem.options)
-            assert torch.equal(out, problem.d)
-
-
-def transposed(operand: Operand) -> Operand:
-    data, sf = operand
-    if data.dtype == torch.int8:
-        return deep_gemm.transpose_packed_fp4(data), sf.t()
-    return data.t().contiguous(), sf.t()
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
-@pytest.mark.parametrize("form", SCALE_FORMS)
-def test_dense_layouts(
-    device: torch.device, config: tuple[int, int, bool, bool], layout: str, form: str
-) -> None:
-    problem = Problem(device, 96, 160, 256, config, form)
-    a = transposed(problem.a) if layout[0] == "t" else problem.a
-    b = transposed(problem.b) if layout[1] == "n" else problem.b
-    for name in (f"fp8_fp4_gemm_{layout}", f"fp8_gemm_{layout}"):
-        problem.d.fill_(math.nan)
-        getattr(deep_gemm, name)(a, b, problem.d, **problem.options)
-        problem.check()
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_dense_mn_major_operands(device: torch.device, config: tuple[int, int, bool, bool]) -> None:
-    """`nt` with data that is contiguous along the rows."""
-    problem = Problem(device, 96, 160, 256, config)
-    (a, sfa), (b, sfb) = problem.a, problem.b
-    a, b = (transposed((data, data))[0].t() for data in (a, b))
-    deep_gemm.fp8_gemm_nt((a, sfa), (b, sfb), problem.d, **problem.options)
-    problem.check()
-
-
-def test_dense_what_deep_gemm_gets_wrong(device: torch.device) -> None:
-    """C with few tiles, narrow N, a strided D, empty sizes, scales that are no powers of two."""
-    config = (128, 128, False, False)
-    for m, n, k in [(8, 8, 4096), (3, 24, 1024), (64, 16, 256), (1, 1, 128), (5, 33, 128)]:
-        problem = Problem(device, m, n, k, config, accumulate=True)
-        wide = torch.full((m, n + 13), 7.0, device=device, dtype=BF16)
-        deep_gemm.fp8_gemm_nt(
-            problem.a, problem.b, wide[:, 5 : 5 + n], problem.c, **problem.options
-        )
-        problem.d = wide[:, 5 : 5 + n]
-        problem.check()
-        assert (wide[:, :5] == 7).all()
-        assert (wide[:, 5 + n :] == 7).all()
-    for m, n in [(0, 128), (128, 0)]:
-        problem = Problem(device, m, n, 128, config)
-        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d)
-    problem = Problem(device, 8, 128, 128, config)
-    bad = problem.a[0], problem.a[1] * 1.5
-    with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: sfa: expected float32 scales that are pow"):
-        deep_gemm.fp8_gemm_nt(bad, problem.b, problem.d)
-    with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: alpha: expected None"):
-        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, alpha=2.0)
-    with refused("expected recipe, or recipe_a and recipe_b"):
-        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, recipe_a=(1, 128))
-    with refused("expected recipe, or recipe_a and recipe_b"):
-        both = {"recipe_a": (1, 128), "recipe_b": (128, 128)}
-        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, recipe=(1, 128, 128), **both)
-    a = quantised(torch.randn(8, 128, device=device), 32, False)
-    with refused(r"sfb: expected shape \[4, 4\] \(gran_mn 32, gran_k 32\), got \[1, 1\]"):
-        deep_gemm.fp8_gemm_nt(a, problem.b, problem.d, recipe=(1, 32, 32))
-
-
-def test_dense_recipe_of_three(device: torch.device) -> None:
-    """(1, 32, 32) as SGLang has it for 32 x 32 blocks, and (1, 1, 128)."""
-    x, w = (torch.randn(s, 256, device=device) for s in (40, 96))
-    d = torch.empty(40, 96, device=device, dtype=BF16)
-    for recipe, b in (
-        ((1, 32, 32), deep_gemm.per_block_cast_to_fp8(w, True, 32)),
-        ((1, 1, 128), deep_gemm.per_token_cast_to_fp8(w, True, 128)),
-        ((1, 1, 32), deep_gemm.per_token_cast_to_fp8(w, True, 32)),
-    ):
-        a = deep_gemm.per_token_cast_to_fp8(x, True, recipe[2])
-        for form in SCALE_FORMS:
-            for_a, for_b = (1, recipe[2]), (recipe[1], recipe[2])
-            deep_gemm.fp8_gemm_nt(
-                (a[0], as_form(a[1], form, 40, for_a)),
-                (b[0], as_form(b[1], form, 96, for_b)),
-                d,
-                recipe=recipe,
-                compiled_dims="",
-                disable_ue8m0_cast=form == "packed",
-            )
-            assert calc_diff(d, x @ w.t()) < 1e-3
-
-
-@pytest.mark.parametrize("splits", [(128, 64, 128), (64, 32, 0), (0, 8, 16), (3, 5, 1)])
-@pytest.mark.parametrize("out_dtype", [BF16, FP32])
-@pytest.mark.parametrize("form", SCALE_FORMS)
-def test_skip_head_mid(
-    device: torch.device, splits: tuple[int, int, int], out_dtype: torch.dtype, form: str
-) -> None:
-    left, mid, right = splits
-    heads, k = 4, 2048
-    problem = Problem(device, 24, heads * (left + right), k, (128, 128, False, False), form)
-    d = torch.full((24, heads * sum(splits)), 7.0, device=device, dtype=out_dtype)
-    deep_gemm.fp8_gemm_nt_skip_head_mid(problem.a, problem.b, d, splits)
-    by_head = d.view(24, heads, sum(splits))
-    assert (by_head[..., left : left + mid] == 7).all()
-    problem.d = torch.cat((by_head[..., :left], by_head[..., left + mid :]), 2).flatten(1)
-    problem.check()
-
-
-@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
-@pytest.mark.parametrize("out_dtype", [BF16, FP32])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_cublaslt(
-    device: torch.device, layout: str, out_dtype: torch.dtype, accumulate: bool
-) -> None:
-    x, w = (
-        torch.randn(40, 256, device=device).to(BF16),
-        torch.randn(64, 256, device=device).to(BF16),
-    )
-    a = x.t().contiguous() if layout[0] == "t" else x
-    b = w.t().contiguous() if layout[1] == "n" else w
-    c = torch.randn(40, 64, device=device).to(out_dtype) if accumulate else None
-    d = torch.empty(40, 64, device=device, dtype=out_dtype)
-    getattr(deep_gemm, f"cublaslt_gemm_{layout}")(a, b, d, c)
-    assert calc_diff(d, x.float() @ w.float().t() + (0 if c is None else c.float())) < 1e-5
-
-
-# ---- Under torch.compile; what a call costs ------------------------------------------------------
-
-
-def test_compiles_without_recompiling(device: torch.device) -> None:
-    w = Problem(device, 1, 96, 256, (128, 128, False, False), "packed").b
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        data, sf = sm120_ops.quantize(x, "mxfp8", 128)
-        d = torch.empty(x.shape[0], 96, device=x.device, dtype=BF16)
-        deep_gemm.fp8_gemm_nt((data, sf), w, d)
-        return d * 2
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (5, 3, 64, 17):
-            x = torch.randn(rows, 256, device=device)
-            assert torch.equal(compiled(x), step(x))
 
 
 def test_stats() -> None:

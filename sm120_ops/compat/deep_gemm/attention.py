@@ -34,7 +34,7 @@ def fp8_fp4_mqa_logits(
     cu_seq_len_k_start: torch.Tensor,
     cu_seq_len_k_end: torch.Tensor,
     clean_logits: bool | int = True,
-    max_seqlen_k: int = 0,
+    max_seqlen_k: int | None = 0,
     logits_dtype: torch.dtype = torch.float32,
     schedule_meta: torch.Tensor | None = None,
 ) -> torch.Tensor:
