@@ -10,13 +10,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import op_cases_gemm  # noqa: F401
+import op_cases_model  # noqa: F401
 import op_samples
 import pytest
 import reference
 import torch
 from op_samples import CASES, call, overload, sample
-
-import sm120_ops  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 SIZES = [7, 3, 64, 2, 100, 33, 5, 128, 20, 19]
@@ -187,8 +187,8 @@ def run_all(extra: str, **environment: str) -> None:
     """Every op twice in a process of its own, on the GPU where there is one."""
     code = f"""
 import os, sys
-import sm120_ops, torch
-import op_samples
+import torch
+import op_cases_gemm, op_cases_model, op_samples
 
 def all_ops():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

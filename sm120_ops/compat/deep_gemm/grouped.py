@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from ... import _check
 from ...ops.layout import FP4_DTYPES, as_bytes
-from ...ops.quantize import logical_k
 from .gemm import Operand, k_major, reject_extras
 from .layout import Recipe, name_of, recipes, required
 from .runtime import get_mk_alignment_for_contiguous_layout, skips
@@ -47,21 +46,33 @@ def _prepared(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
     """The op's operands, and gran_k of each."""
     (a_data, sfa), (b_data, sfb) = a, b
+    for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
+    packed = sfa.dtype is torch.int32 and sfb.dtype is torch.int32
+    if not packed or a_data.stride(-1) != 1 or b_data.stride(-1) != 1:
+        a_data, sfa, b_data, sfb = _converted(op, a, b, for_a, for_b)
+    return a_data, sfa, b_data, sfb, for_a[1], for_b[1]
+
+
+def _converted(
+    op: str, a: Operand, b: Operand, for_a: tuple[int, int], for_b: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K-major data and packed scales."""
+    (a_data, sfa), (b_data, sfb) = a, b
     name = name_of(op)
     for arg, data, rank in (("a", a_data, None), ("b", b_data, 3)):
         _check.require_tensor(name, arg, data, rank=rank)
         _check.require_dtype(name, arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
-    for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
     a_data = k_major_groups(a_data) if a_data.dim() == 3 else k_major(a_data)
     b_data = k_major_groups(b_data)
-    groups, n, _ = b_data.shape
-    k = logical_k(b_data[0]) if groups > 0 else logical_k(b_data.flatten(0, 1))
+    groups, n, width = b_data.shape
+    k = width if b_data.dtype == torch.float8_e4m3fn else 2 * width
     if sfa.dtype != torch.int32:
-        grouped = groups if a_data.dim() == 3 else None
-        sfa = required(name, "sfa", sfa, a_data.shape[-2], k, for_a, grouped)
+        sfa = required(
+            name, "sfa", sfa, a_data.shape[-2], k, for_a, groups if a_data.dim() == 3 else None
+        )
     if sfb.dtype != torch.int32:
         sfb = required(name, "sfb", sfb, n, k, for_b, groups)
-    return a_data, sfa, b_data, sfb, for_a[1], for_b[1]
+    return a_data, sfa, b_data, sfb
 
 
 def _clear_padding(d: torch.Tensor, layout: torch.Tensor, psum: bool, alignment: int) -> None:
