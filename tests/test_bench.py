@@ -15,7 +15,7 @@ import torch
 
 from sm120_ops import bench, device
 from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, moe, overhead, peers, quantize
+from sm120_ops.bench import bf16, gemm, hc_prenorm, moe, overhead, peers, quantize
 from sm120_ops.bench import report as bench_report
 from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
 from sm120_ops.bench.context import Context
@@ -140,6 +140,28 @@ def test_gemm_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.shape for line in matmul] == ["4x16x256", "32x48x256"]
     table_text = [bench_report.row(line) for line in lines]
     assert all(len(cells) == 3 + len(bench_report.NUMBERS) for cells in table_text)
+
+
+def test_bf16_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tuple(bf16.Case(24, 40, 64, layout) for layout in ("nt", "nn", "tn", "tt"))
+    monkeypatch.setattr(bf16, "TABLE", (*table, bf16.Case(1, 48, 64, mark=bf16._at_most(14))))
+    lines = list(bf16.run(context))
+    ours = [line for line in lines if line.provider == "sm120_ops"]
+    assert len(lines) == 2 * len(ours) == 10
+    assert all(line.diff is not None and line.diff < 1e-5 for line in ours)
+    assert ours[-1].verdict == "pass"
+    assert ours[0].bytes == 2 * 64 * 64 + 2 * 24 * 40
+
+
+def test_hc_prenorm_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (hc_prenorm.Case(5, 128, mark=hc_prenorm._at_most(1)), hc_prenorm.Case(5, 128, 2))
+    monkeypatch.setattr(hc_prenorm, "TABLE", table)
+    lines = list(hc_prenorm.run(context))
+    ours = [line for line in lines if line.provider == "sm120_ops"]
+    assert [line.verdict for line in ours] == ["short", ""]
+    assert all(line.diff is not None and line.diff < 1e-7 for line in ours)
+    assert ours[1].bytes - ours[0].bytes == 5 * 25 * 4
+    assert len(lines) == 3
 
 
 def test_a_peer_that_fails_is_a_line(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

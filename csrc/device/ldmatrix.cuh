@@ -26,6 +26,13 @@ __device__ __forceinline__ void ldmatrix(uint32_t* r, uint32_t address) {
   }
 }
 
+// Four matrices, each transposed: lane 4g + t gets rows 2t, 2t + 1 of column g.
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
 __device__ __forceinline__ uint32_t lds32(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
@@ -43,12 +50,12 @@ __device__ __forceinline__ void lds64(uint32_t& lo, uint32_t& hi, uint32_t addre
 }
 
 // Byte offset in a tile that TMA wrote with the swizzle of its row width: 16-byte chunks are
-// permuted within 128-byte lines (CU_TENSOR_MAP_SWIZZLE_128B / _64B). A whole multiple of 8 rows
-// may be added to the result, and bits of the column XORed into it.
+// permuted within 128-byte lines (CU_TENSOR_MAP_SWIZZLE_128B / _64B / _32B). A whole multiple of 8
+// rows may be added to the result, and bits of the column XORed into it.
 template <int kRowBytes>
 __host__ __device__ constexpr uint32_t swizzled(int row, int column_byte) {
-  static_assert(kRowBytes == 64 || kRowBytes == 128);
-  using Swizzle = cute::Swizzle<kRowBytes == 128 ? 3 : 2, 4, 3>;
+  static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
+  using Swizzle = cute::Swizzle<kRowBytes == 128 ? 3 : kRowBytes / 32, 4, 3>;
   return static_cast<uint32_t>(Swizzle::apply(row * kRowBytes + column_byte));
 }
 

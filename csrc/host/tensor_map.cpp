@@ -51,7 +51,9 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data, uint64_t inner, u
 CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
                         int box_rows, int box_bytes) {
   return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data, row_bytes, rows, stride, box_bytes, box_rows,
-                box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+                box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                  : CU_TENSOR_MAP_SWIZZLE_32B);
 }
 
 CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t stride, int box_rows) {

@@ -7,7 +7,7 @@
 namespace sm120 {
 
 // A K-major operand as bytes: [rows, row_bytes], rows `stride` bytes apart (both multiples of 16),
-// read in swizzled boxes of [box_rows, box_bytes] (64 or 128 bytes).
+// read in swizzled boxes of [box_rows, box_bytes] (32, 64 or 128 bytes).
 CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64_t stride,
                         int box_rows, int box_bytes);
 

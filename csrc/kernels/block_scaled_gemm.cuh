@@ -10,12 +10,10 @@
 #include "device/tma.cuh"
 #include "kernels/epilogue.cuh"
 #include "kernels/gemm.h"
+#include "kernels/split_k.cuh"
 #include "kernels/tile_scheduler.cuh"
 
 namespace sm120 {
-
-inline constexpr int kMathWarps = 8;
-inline constexpr int kMathThreads = kMathWarps * kWarpSize;
 
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown>
 struct GemmTraits {
@@ -23,6 +21,9 @@ struct GemmTraits {
   static constexpr int kWarpsAcross = kMathWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
+  static constexpr Access kColAccess = Mma::kAccessB;
+  static constexpr bool kHeadSplit = true;
+  static constexpr int kStoreThreads = kMathThreads;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
   static constexpr int kRowsRowBytes = kBlockK / (kRowsFormat == Format::kFp4 ? 2 : 1);
@@ -194,57 +195,6 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   next_block(tile.k_end - 1, std::false_type{});
 }
 
-// Workspace layout: [2 * CTA + slot][fragment][math thread] float4, so that a thread finds its own
-// fragments again.
-template <class T>
-__device__ __forceinline__ float4* partial_fragment(const GemmParams& p, int cta, int slot,
-                                                    int fragment) {
-  const int64_t tile_vectors = static_cast<int64_t>(T::MT) * T::NT * kMathThreads;
-  return reinterpret_cast<float4*>(p.workspace) + (2ll * cta + slot) * tile_vectors +
-         fragment * kMathThreads + threadIdx.x;
-}
-
-// After the grid barrier: every 16-row slice of a tile that was cut is summed in CTA order (so the
-// result does not depend on timing) and stored.
-template <class T>
-__device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_row, int warp_col) {
-  const int slices = p.row_tiles * p.col_tiles * T::MT;
-  for (int slice = blockIdx.x; slice < slices; slice += gridDim.x) {
-    const int index = slice / T::MT, i = slice % T::MT;
-    const int first = TileScheduler::owner(p, index * p.k_blocks);
-    const int last = TileScheduler::owner(p, index * p.k_blocks + p.k_blocks - 1);
-    if (first == last) continue;  // one CTA had all of K and stored it already
-    float sum[1][T::NT][4] = {};
-    // CTAs whose parts are loaded together: latency counts here, not bandwidth.
-    constexpr int kAtOnce = 4;
-    for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
-      float4 part[kAtOnce][T::NT];
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int cta = min(cta0 + c, last);
-        const int slot = TileScheduler::slot_of(p, cta, index);
-#pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          part[c][j] = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        if (cta0 + c > last) break;
-#pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          sum[0][j][0] += part[c][j].x, sum[0][j][1] += part[c][j].y;
-          sum[0][j][2] += part[c][j].z, sum[0][j][3] += part[c][j].w;
-        }
-      }
-    }
-    Tile tile;
-    TileScheduler::place(p, index, tile);
-    store_fragments<T::Mma::kAccessB>(p, sum, tile.row * T::kBlockRows + warp_row + 16 * i,
-                                      tile.col * T::kBlockCols + warp_col);
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     block_scaled_gemm(const __grid_constant__ GemmParams p) {
@@ -282,16 +232,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     } else {  // measured: the emulation loses 5 % with kFine
       accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col);
     }
-    if (tile.partial < 0) {
-      store_fragments<T::Mma::kAccessB>(p, acc, tile.row * T::kBlockRows + warp_row,
-                                        tile.col * T::kBlockCols + warp_col);
-    } else {
-#pragma unroll
-      for (int f = 0; f < T::MT * T::NT; ++f) {
-        const float (&v)[4] = acc[f / T::NT][f % T::NT];
-        *partial_fragment<T>(p, blockIdx.x, tile.partial, f) = make_float4(v[0], v[1], v[2], v[3]);
-      }
-    }
+    store_tile<T>(p, tile, acc, warp_row, warp_col);
   }
   if (p.split) {
     grid_barrier();

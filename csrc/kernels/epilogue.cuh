@@ -15,45 +15,44 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
 
+template <bool kHeadSplit>
 __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
-  if (out.period == 0) return n;
+  if (!kHeadSplit || out.period == 0) return n;
   const int head = n / out.period;
   const bool right = n - head * out.period >= out.left;
   return n + (static_cast<int64_t>(head) + right) * out.mid;
 }
 
 // Element by element, for any alignment, edge and orientation. (row, col) in the MMA's product.
-template <Access kColAccess, class TOut, int MT, int NT>
+template <Access kColAccess, bool kHeadSplit, class TOut, int MT, int NT>
 __device__ __forceinline__ void store_elements(const GemmParams& p, const float (&acc)[MT][NT][4],
                                                int row, int col) {
   const GemmOutput& out = p.out;
   const int g = lane_id() / 4, t = lane_id() % 4;
-  int64_t d_col[NT][2], c_col[NT][2];  // element offsets of this lane's columns
-#pragma unroll
-  for (int j = 0; j < NT; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int n = col + 8 * j + fragment_column<kColAccess>(2 * t + e);
-      d_col[j][e] = p.swapped ? n * out.d_stride : output_column(out, n);
-      c_col[j][e] = p.swapped ? n * out.c_stride : d_col[j][e];
-    }
-  }
+  // Elements between neighbours of the product, where there is no head split.
+  const int64_t d_down = p.swapped ? 1 : out.d_stride, d_across = p.swapped ? out.d_stride : 1;
+  const int64_t c_down = p.swapped ? 1 : out.c_stride, c_across = p.swapped ? out.c_stride : 1;
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = row + 16 * i + 8 * h + g;
       if (m >= p.num_rows) continue;
-      const int64_t d_row = p.swapped ? output_column(out, m) : m * out.d_stride;
-      const int64_t c_row = p.swapped ? d_row : m * out.c_stride;
 #pragma unroll
-      for (int j = 0; j < NT; ++j) {
+      for (int e = 0; e < 2; ++e) {
+        const int first = col + fragment_column<kColAccess>(2 * t + e);
+        TOut* d = static_cast<TOut*>(out.d) + m * d_down + first * d_across;
+        const TOut* c = static_cast<const TOut*>(out.c) + m * c_down + first * c_across;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (col + 8 * j + fragment_column<kColAccess>(2 * t + e) >= p.num_cols) continue;
+        for (int j = 0; j < NT; ++j, d += 8 * d_across, c += 8 * c_across) {
+          const int n = first + 8 * j;
+          if (n >= p.num_cols) continue;
+          // A head split moves columns of D and C: rows of a swapped product.
+          const int column = p.swapped ? m : n;
+          const int64_t moved = output_column<kHeadSplit>(out, column) - column;
           float value = acc[i][j][2 * h + e];
-          if (out.c) value += to_float(static_cast<const TOut*>(out.c)[c_row + c_col[j][e]]);
-          static_cast<TOut*>(out.d)[d_row + d_col[j][e]] = TOut(value);
+          if (out.c) value += to_float(c[moved]);
+          d[moved] = TOut(value);
         }
       }
     }
@@ -62,7 +61,7 @@ __device__ __forceinline__ void store_elements(const GemmParams& p, const float 
 
 // 16-byte stores for whole, aligned tiles: each lane brings two columns of four fragments and, for
 // bf16, takes one whole fragment away; fp32 pairs fill 32-byte sectors as they are.
-template <class TOut, int MT, int NT>
+template <bool kHeadSplit, class TOut, int MT, int NT>
 __device__ __forceinline__ void store_vectors(const GemmParams& p, const float (&acc)[MT][NT][4],
                                               int row, int col) {
   const GemmOutput& out = p.out;
@@ -71,8 +70,9 @@ __device__ __forceinline__ void store_vectors(const GemmParams& p, const float (
   for (int j0 = 0; j0 < NT; j0 += 4) {
     int64_t pair_col[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) pair_col[j] = output_column(out, col + 8 * (j0 + j) + 2 * t);
-    const int64_t vector_col = output_column(out, col + 8 * (j0 + t));
+    for (int j = 0; j < 4; ++j)
+      pair_col[j] = output_column<kHeadSplit>(out, col + 8 * (j0 + j) + 2 * t);
+    const int64_t vector_col = output_column<kHeadSplit>(out, col + 8 * (j0 + t));
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_vectors(const GemmParams& p, const float (
 }
 
 // The same for a swapped product and bf16: 8x8 blocks are transposed, then four of them gathered.
-template <Access kColAccess, int MT, int NT>
+template <Access kColAccess, bool kHeadSplit, int MT, int NT>
 __device__ __forceinline__ void store_vectors_swapped(const GemmParams& p,
                                                       const float (&acc)[MT][NT][4], int row,
                                                       int col) {
@@ -123,8 +123,9 @@ __device__ __forceinline__ void store_vectors_swapped(const GemmParams& p,
   for (int i0 = 0; i0 < MT; i0 += 2) {  // 32 rows of the product: 32 columns of D
     int64_t c_col[4];
 #pragma unroll
-    for (int x = 0; x < 4; ++x) c_col[x] = output_column(out, row + 16 * i0 + 8 * x + g);
-    const int64_t vector_col = output_column(out, row + 16 * i0 + 8 * t);
+    for (int x = 0; x < 4; ++x)
+      c_col[x] = output_column<kHeadSplit>(out, row + 16 * i0 + 8 * x + g);
+    const int64_t vector_col = output_column<kHeadSplit>(out, row + 16 * i0 + 8 * t);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       uint32_t packed[4];
@@ -151,25 +152,25 @@ __device__ __forceinline__ void store_vectors_swapped(const GemmParams& p,
   }
 }
 
-// A warp's fragments, at (row, col) of the product the MMA computed.
-template <Access kColAccess, int MT, int NT>
+// A warp's fragments, at (row, col) of the product the MMA computed. Without kHeadSplit D has none.
+template <Access kColAccess, bool kHeadSplit, int MT, int NT>
 __device__ __forceinline__ void store_fragments(const GemmParams& p, const float (&acc)[MT][NT][4],
                                                 int row, int col) {
   if constexpr (MT % 2 == 0) {
     if (p.out.vector && p.swapped && !p.out.fp32 && row + 16 * MT <= p.num_rows) {
-      return store_vectors_swapped<kColAccess>(p, acc, row, col);
+      return store_vectors_swapped<kColAccess, kHeadSplit>(p, acc, row, col);
     }
   }
   if constexpr (NT % 4 == 0 && kColAccess == Access::kPlain) {
     if (p.out.vector && !p.swapped && col + 8 * NT <= p.num_cols) {
-      return p.out.fp32 ? store_vectors<float>(p, acc, row, col)
-                        : store_vectors<__nv_bfloat16>(p, acc, row, col);
+      return p.out.fp32 ? store_vectors<kHeadSplit, float>(p, acc, row, col)
+                        : store_vectors<kHeadSplit, __nv_bfloat16>(p, acc, row, col);
     }
   }
   if (p.out.fp32) {
-    store_elements<kColAccess, float>(p, acc, row, col);
+    store_elements<kColAccess, kHeadSplit, float>(p, acc, row, col);
   } else {
-    store_elements<kColAccess, __nv_bfloat16>(p, acc, row, col);
+    store_elements<kColAccess, kHeadSplit, __nv_bfloat16>(p, acc, row, col);
   }
 }
 

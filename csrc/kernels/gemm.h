@@ -63,7 +63,7 @@ using GemmKernel = void (*)(GemmParams);
 struct GemmInstance {
   GemmKernel kernel;
   int smem_bytes;
-  int rows_box_bytes, cols_box_bytes;  // bytes of a row that a pipeline stage holds
+  int rows_box_bytes, cols_box_bytes;  // bytes of an operand's line that a box holds
 };
 
 // By index into kGemmTiles (host/gemm_config.h); named rows_cols.
@@ -71,6 +71,16 @@ GemmInstance gemm_instance_fp8_fp8(int tile);
 GemmInstance gemm_instance_fp4_fp4(int tile);
 GemmInstance gemm_instance_fp4_fp8(int tile);
 
-inline constexpr int kGemmThreads = 384;  // 8 math warps + 4 producer warps
+// The BF16 GEMM (kernels/bf16_gemm.cuh) by the layouts of rows and cols, K-major or MN-major; by
+// index into kBf16Tiles (host/bf16_config.h). It takes GemmParams without scales.
+GemmInstance bf16_instance_k_k(int tile);
+GemmInstance bf16_instance_k_mn(int tile);
+GemmInstance bf16_instance_mn_k(int tile);
+GemmInstance bf16_instance_mn_mn(int tile);
+
+// A CTA: math warps first, then the producer's.
+inline constexpr int kMathWarps = 8;
+inline constexpr int kMathThreads = 32 * kMathWarps;
+inline constexpr int kGemmThreads = kMathThreads + 128;
 
 }  // namespace sm120

@@ -28,6 +28,8 @@ from sm120_ops.device import SUPPORTED_GPUS, Environment, describe, is_supported
 FAMILIES = {
     "gemm": "sm120_ops.bench.gemm",
     "quantize": "sm120_ops.bench.quantize",
+    "bf16": "sm120_ops.bench.bf16",
+    "hc_prenorm": "sm120_ops.bench.hc_prenorm",
     "overhead": "sm120_ops.bench.overhead",
     "moe": "sm120_ops.bench.moe",
 }

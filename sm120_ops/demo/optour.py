@@ -17,6 +17,7 @@ FP8_PRODUCT, MIXED_PRODUCT, FP4_PRODUCT = 0.05, 0.165, 0.22
 # FP32 rounding and summation order, where the operands of both sides are equal.
 EXACT_PRODUCT = 1e-5
 BF16_PRODUCT = 2.0**-8
+TF32_PRODUCT = 2.0**-11  # one operand rounded to 10 mantissa bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,30 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         f"{M}x{N}x{K}, splits {left}/{mid}/{right}",
         "moved columns",
         relative_error(split, want),
+        EXACT_PRODUCT,
+    )
+    for layout in ("nt", "nn"):
+        b = w if layout == "nt" else w.T.contiguous()
+        got = ops.bf16_gemm(x, b, layout=layout, out_dtype=torch.float32)
+        error = relative_error(got, product)
+        yield TourLine(
+            "bf16_gemm", f"{M}x{N}x{K} bf16, {layout}", "FP64 product", error, EXACT_PRODUCT
+        )
+    fn = torch.randn(24, K, generator=generator).to(device)
+    d, sqr_sum = ops.hc_prenorm(x, fn, eps=1e-6)
+    normed = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6)
+    yield TourLine(
+        "hc_prenorm",
+        f"{M}x24x{K}, scaled by the norm",
+        "FP64 product",
+        relative_error(d, normed @ fn.double().T),
+        TF32_PRODUCT,
+    )
+    yield TourLine(
+        "hc_prenorm",
+        f"{M}x24x{K}, squares",
+        "FP64 sum",
+        relative_error(sqr_sum, x.double().square().sum(1)),
         EXACT_PRODUCT,
     )
 

@@ -4,6 +4,7 @@ Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load
 """
 
 from . import (
+    bf16,
     gemm,
     grouped,
     hc_prenorm,
@@ -17,6 +18,7 @@ from . import (
 )
 
 __all__ = [
+    "bf16",
     "gemm",
     "grouped",
     "hc_prenorm",

@@ -130,15 +130,30 @@ def _check_gemm(
     if c is not None:
         _check.require_tensor(op, "c", c, rank=2)
         _check.require_dtype(op, "c", c, (out_dtype,))
-        _check_matrix(op, "c", c, shape)
+        check_matrix(op, "c", c, shape)
     return shape
 
 
-def _check_matrix(op: str, arg: str, matrix: torch.Tensor, shape: tuple[int, int]) -> None:
+def check_matrix(op: str, arg: str, matrix: torch.Tensor, shape: tuple[int, int]) -> None:
     if matrix.shape[0] != shape[0] or matrix.shape[1] != shape[1]:
         _check.fail(op, arg, f"shape {list(shape)}", matrix.shape)
     if matrix.stride(1) != 1 and shape[1] > 1:
         _check.fail(op, arg, "stride(1) == 1", f"strides {list(matrix.stride())}")
+
+
+def check_matrix_out(
+    op: str, out: torch.Tensor, shape: tuple[int, int], c: torch.Tensor | None
+) -> None:
+    """D of any row stride. C may be exactly D: who writes an element has read it before."""
+    _check.require_tensor(op, "out", out, rank=2)
+    check_matrix(op, "out", out, shape)
+    if out.stride(0) < shape[1] and shape[0] > 1:
+        requirement = f"a row stride >= {shape[1]}"
+        _check.fail(op, "out", requirement, f"strides {list(out.stride())}")
+    if c is not None and _check.has_address(out) and _check.has_address(c):
+        in_place = c.data_ptr() == out.data_ptr()
+        if not (in_place and (c.stride(0) == out.stride(0) or shape[0] == 1)):
+            _check.require_no_overlap(op, "out", out, c=c)
 
 
 def _check_gemm_out(
@@ -151,18 +166,9 @@ def _check_gemm_out(
     c: torch.Tensor | None,
 ) -> None:
     op = "gemm"
-    _check.require_tensor(op, "out", out, rank=2)
-    _check_matrix(op, "out", out, shape)
-    if out.stride(0) < shape[1] and shape[0] > 1:
-        requirement = f"a row stride >= {shape[1]}"
-        _check.fail(op, "out", requirement, f"strides {list(out.stride())}")
+    check_matrix_out(op, out, shape, c)
     _check.require_same_device(op, "a", a=a, out=out)
-    if _check.has_address(out):
-        _check.require_no_overlap(op, "out", out, a=a, sfa=sfa, b=b, sfb=sfb)
-        # Each element of C is read by the thread that writes it, so exactly the same place is fine.
-        in_place = c is not None and c.data_ptr() == out.data_ptr()
-        if c is not None and not (in_place and (c.stride(0) == out.stride(0) or shape[0] == 1)):
-            _check.require_no_overlap(op, "out", out, c=c)
+    _check.require_no_overlap(op, "out", out, a=a, sfa=sfa, b=b, sfb=sfb)
 
 
 # ---- Kernels -------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ void check_store(int warp_row, int warp_col, bool swapped, bool vector) {
     p->num_rows = T::kTileRows, p->num_cols = T::kTileCols;
     p->swapped = swapped;
     warp.run(
-        [&](int lane) { store_fragments<T::Mma::kAccessB>(*p, acc[lane], warp_row, warp_col); });
+        [&](int lane) { store_fragments<T::Mma::kAccessB, true>(*p, acc[lane], warp_row, warp_col); });
     for (int r = 0; r < T::kTileRows; ++r) {
       for (int c = 0; c < T::kTileCols; ++c) {
         const bool inside =

@@ -1,0 +1,118 @@
+#include "host/bf16_config.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "host/math.h"
+
+namespace sm120 {
+namespace {
+
+// The model's constants. Those of the H200 are measured or fitted; the native ones follow from
+// published rates (16 clocks an MMA and tensor core, with FP32 sums) and have not been held against
+// a card.
+struct Sm {
+  double mhz, clocks_an_mma;  // m16n8k16, all tensor cores of an SM busy
+};
+constexpr Sm kH200Sm{1755, 1.48}, kNativeSm{2400, 4};
+
+constexpr double kBusy = 0.85;  // share of the busier of MMA and shared memory
+constexpr double kSharedBytesAClock = 128;
+constexpr double kLaunchUs = 3.0;         // launch, first copies, last stores
+constexpr double kColdTileUs = 3.0;       // code of a 128 x 256 tile, first time
+constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further wave
+constexpr double kGridBarrierUs = 2.5;    // split: barrier and reduction of few partial sums
+constexpr double kPartialBytesAUs = 4e6;  // split: their way through L2, written and read
+constexpr double kDramShare = 0.8;        // of the nominal bandwidth, cold
+constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
+
+// Clocks of an SM for 16 of K, by tensor cores or by shared memory: fragments read by the warps
+// that share the 16, and the operands' arrival.
+double clocks_a_step(const Bf16Tile& t, const Sm& sm) {
+  const double mmas = t.rows * t.cols / 128.0;
+  const int warps = 8 / t.slices, across = warps / t.warps_down;
+  const double read = 32.0 * (t.rows * across + t.cols * t.warps_down);
+  const double written = 32.0 * (t.rows + t.cols);
+  return std::max(mmas * sm.clocks_an_mma, (read + written) / kSharedBytesAClock) / kBusy;
+}
+
+int64_t row_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
+  return ceil_div(swapped ? s.n : s.m, t.rows);
+}
+int64_t col_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
+  return ceil_div(swapped ? s.m : s.n, t.cols);
+}
+
+}  // namespace
+
+bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
+  if (!split) return true;
+  const Bf16Tile& tile = kBf16Tiles[index];
+  const double blocks = static_cast<double>(row_tiles(tile, swapped, s)) *
+                        col_tiles(tile, swapped, s) * ceil_div(s.k, tile.block_k);
+  return s.k > tile.block_k && blocks * (num_sms + 1) < (1ll << 32);
+}
+
+Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16Shape& s,
+                                const GpuModel& gpu) {
+  const Bf16Tile& tile = kBf16Tiles[index];
+  const Sm& sm = gpu.native ? kNativeSm : kH200Sm;
+  const int64_t tiles = row_tiles(tile, swapped, s) * col_tiles(tile, swapped, s);
+  const int64_t blocks = ceil_div(s.k, tile.block_k);
+  Bf16Config c{index, swapped, split, 0, 0, 0, 0, 0};
+  c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
+
+  // Compute: the busiest CTA's K-blocks, as waves of whole tiles or as an equal share of blocks.
+  const double block_us = std::max(clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
+                                   2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs);
+  const int64_t waves = ceil_div(tiles, c.grid);
+  c.compute_us = (split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
+
+  // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
+  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
+  const double bytes = 2.0 * s.m * s.k + 2.0 * s.n * s.k + 2.0 * s.m * s.n;
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms));
+
+  const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
+  // Slices add their sums through shared memory, written and read.
+  const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
+  c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
+              (waves - 1) * area / full * kTileStoreUs;
+  if (split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
+  c.total_us =
+      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
+  return c;
+}
+
+Bf16Config choose_bf16_config(const Bf16Shape& s, const GpuModel& gpu) {
+  Bf16Config best{};
+  bool found = false;
+  for (int tile = 0; tile < kNumBf16Tiles; ++tile) {
+    for (const bool swapped : {false, true}) {
+      for (const bool split : {false, true}) {
+        if (!is_legal(tile, swapped, split, s, gpu.num_sms)) continue;
+        const Bf16Config c = evaluate_bf16_config(tile, swapped, split, s, gpu);
+        // A later candidate must win clearly: the list runs from the largest tile, plain and
+        // unsplit first.
+        if (!found || c.total_us < 0.98 * best.total_us) best = c;
+        found = true;
+      }
+    }
+  }
+  return best;
+}
+
+std::string Bf16Config::to_string() const {
+  const Bf16Tile& t = kBf16Tiles[tile];
+  char text[352];
+  std::snprintf(text, sizeof(text),
+                "{\"tile_rows\": %d, \"tile_cols\": %d, \"warps_down\": %d, \"slices\": %d, "
+                "\"swapped\": %s, \"split\": %s, \"grid\": %d, "
+                "\"compute_us\": %.2f, \"dram_us\": %.2f, \"tail_us\": %.2f, \"total_us\": %.2f}",
+                t.rows, t.cols, t.warps_down, t.slices, swapped ? "true" : "false",
+                split ? "true" : "false", grid, compute_us, dram_us, tail_us, total_us);
+  return text;
+}
+
+}  // namespace sm120

@@ -1,0 +1,69 @@
+// Which compiled tile, orientation and schedule a BF16 GEMM runs with: pure host code.
+#pragma once
+#include <cstdint>
+
+#include "host/gemm_config.h"
+
+namespace sm120 {
+
+// The compiled tiles: rows x cols of the product (rows = the MMA's 16-row axis), warps along the
+// rows within a slice, slices of K (kernels/bf16_gemm.cuh), K of a stage. Shared memory delivers
+// 128 bytes a clock, an MMA takes about 1.5 clocks of an H200's SM, and an operand byte serves as
+// many MMAs as the warp tile is wide: hence 64 x 64 warps and slices.
+//   128 x 256  eight 64x64 warps: the least shared-memory and L2 traffic an MMA. K 32 a stage, so
+//              that four stages fit.
+//   128 x 128  half the tile, in two slices of 64x64 warps.
+//   128 x 64   products that would leave SMs idle: four 64x32 warps, two slices.
+//   64 x 64    33 .. 64 tokens, or narrow products.
+//   64 x 32    17 .. 32 tokens.
+//   64 x 16    1 .. 16 tokens, weights on the 16-row axis.
+//   16 x 32    17 .. 32 tokens, and
+//   16 x 16    1 .. 16 tokens beside few weight rows: each warp has K-blocks of its own, so that
+//              2112 weight rows are 132 whole tiles and nothing crosses a CTA.
+#define SM120_BF16_TILES(X) \
+  X(128, 256, 2, 1, 32)     \
+  X(128, 128, 2, 2, 32)     \
+  X(128, 64, 2, 2, 64)      \
+  X(64, 64, 2, 2, 64)       \
+  X(64, 32, 2, 4, 64)       \
+  X(64, 16, 2, 4, 64)       \
+  X(16, 32, 1, 8, 64)       \
+  X(16, 16, 1, 8, 64)
+
+struct Bf16Tile {
+  int rows, cols, warps_down, slices, block_k;
+};
+inline constexpr Bf16Tile kBf16Tiles[] = {
+#define SM120_TILE(...) {__VA_ARGS__},
+    SM120_BF16_TILES(SM120_TILE)
+#undef SM120_TILE
+};
+inline constexpr int kNumBf16Tiles = sizeof(kBf16Tiles) / sizeof(kBf16Tiles[0]);
+
+struct Bf16Shape {
+  int64_t m, n, k;
+};
+
+struct Bf16Config {
+  int tile;      // index into kBf16Tiles
+  bool swapped;  // rows = B, cols = A
+  bool split;    // K-blocks of all tiles cut into `grid` equal ranges
+  int grid;
+  // the model's terms, in microseconds
+  double compute_us, dram_us, tail_us, total_us;
+
+  std::string to_string() const;  // JSON
+};
+
+// Only a product with more than one K-block can be split, and only one whose K-blocks the kernel
+// can count in 32 bits.
+bool is_legal(int tile, bool swapped, bool split, const Bf16Shape& shape, int num_sms);
+
+// A given configuration with its grid and the model's estimate.
+Bf16Config evaluate_bf16_config(int tile, bool swapped, bool split, const Bf16Shape& shape,
+                                const GpuModel& gpu);
+
+// The cheapest legal configuration by the cost model; needs m, n > 0.
+Bf16Config choose_bf16_config(const Bf16Shape& shape, const GpuModel& gpu);
+
+}  // namespace sm120

@@ -1,0 +1,57 @@
+#include "host/bf16_launch.h"
+
+#include <cstring>
+
+#include "host/launch.h"
+#include "host/math.h"
+#include "host/tensor_map.h"
+
+namespace sm120 {
+namespace {
+
+GemmInstance find_instance(const Bf16Operand& rows, const Bf16Operand& cols, int tile) {
+  if (rows.mn_major) return cols.mn_major ? bf16_instance_mn_mn(tile) : bf16_instance_mn_k(tile);
+  return cols.mn_major ? bf16_instance_k_mn(tile) : bf16_instance_k_k(tile);
+}
+
+CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k, int box_bytes) {
+  if (x.mn_major) return operand_map(x.data, k, 2 * x.rows, x.stride, block_k, box_bytes);
+  return operand_map(x.data, x.rows, 2 * k, x.stride, tile_rows, box_bytes);
+}
+
+}  // namespace
+
+int64_t bf16_workspace_bytes(const Bf16Config& config) {
+  if (!config.split) return 0;
+  const Bf16Tile& tile = kBf16Tiles[config.tile];
+  return 2ll * config.grid * tile.rows * tile.cols * 4;
+}
+
+cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Operand& a, const Bf16Operand& b,
+                             int64_t k, const GemmOutput& out, void* workspace,
+                             cudaStream_t stream) {
+  const Bf16Operand& rows = config.swapped ? b : a;
+  const Bf16Operand& cols = config.swapped ? a : b;
+  const Bf16Tile& tile = kBf16Tiles[config.tile];
+  const GemmInstance instance = find_instance(rows, cols, config.tile);
+  GemmParams p;
+  std::memset(&p, 0, sizeof(p));
+  if (k > 0) {
+    p.rows = data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes);
+    p.cols = data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes);
+  }
+  p.out = out;
+  p.workspace = static_cast<float*>(workspace);
+  p.num_rows = static_cast<int32_t>(rows.rows);
+  p.num_cols = static_cast<int32_t>(cols.rows);
+  p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
+  p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
+  p.k_blocks = static_cast<int32_t>(ceil_div(k, tile.block_k));
+  if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  p.swapped = config.swapped;
+  p.split = config.split;
+  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
+                       config.split, stream, p);
+}
+
+}  // namespace sm120

@@ -1,0 +1,283 @@
+// The BF16 GEMM: the ring, schedule and epilogue of the block-scaled one around HMMA m16n8k16.
+//
+// What limits it is shared memory, which delivers 128 bytes a clock: an MMA's operands must serve
+// many MMAs. So warps take 64 x 64 of the product where the tile allows, and where the tile has
+// fewer than eight such parts the warps share K: slice s multiplies the K-blocks in the stages
+// s, s + kSlices, ..., and the slices' sums are added at the tile's end.
+#pragma once
+#include "device/launch.cuh"
+#include "device/operand.cuh"
+#include "device/tma.cuh"
+#include "kernels/split_k.cuh"
+
+namespace sm120 {
+
+// Operands by the layout of rows, then cols; the host indexes tables by it.
+enum class Bf16Majors { kKK, kKMn, kMnK, kMnMn };
+
+template <int kRows, int kCols, int kWarpsDown, int kSliceCount, int kK, Bf16Majors kMajors>
+struct Bf16Traits {
+  static constexpr int kBlockRows = kRows, kBlockCols = kCols, kBlockK = kK;
+  static constexpr int kSlices = kSliceCount, kSliceWarps = kMathWarps / kSlices;
+  static constexpr int kStoreThreads = kSliceWarps * kWarpSize;
+  static constexpr int kWarpsAcross = kSliceWarps / kWarpsDown;
+  static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
+  static constexpr Access kColAccess = Access::kPlain;
+  static constexpr bool kHeadSplit = false;
+  static constexpr Major kRowsMajor =
+      kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kKMn ? Major::kK : Major::kMn;
+  static constexpr Major kColsMajor =
+      kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kMnK ? Major::kK : Major::kMn;
+
+  // Rows of an MN-major operand in one box: a line of at most 128 bytes.
+  static constexpr int kRowsAtom = kRows < 64 ? kRows : 64, kColsAtom = kCols < 64 ? kCols : 64;
+
+  // Shared-memory map: stages of rows and cols | full | empty
+  static constexpr int kRowsBytes = 2 * kK * kRows, kColsBytes = 2 * kK * kCols;
+  static constexpr int kStageBytes = kRowsBytes + kColsBytes;
+  static constexpr int kStages = kSmemLimit / (kStageBytes + 16) / kSlices * kSlices;
+  static constexpr int kFullAt = kStages * kStageBytes;
+  static constexpr int kEmptyAt = kFullAt + 8 * kStages;
+  static constexpr int kSmemBytes = kEmptyAt + 8 * kStages;
+
+  // Registers a thread; the sum over the CTA's three groups of four warps is 504. What the sums
+  // need not the producer may have.
+  static constexpr int kMathRegisters = MT * NT >= 16 ? 232 : 208;
+  static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
+
+  // A slice's sums go through the stage it used last, so many 16-row fragments a round.
+  static constexpr int kRoundFragments = kSlices == 1 || MT * kSliceWarps * NT * 512 <= kStageBytes
+                                             ? MT
+                                         : MT / 2 * kSliceWarps * NT * 512 <= kStageBytes ? MT / 2
+                                                                                          : MT / 4;
+
+  static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 * kSlices && kStages <= kGemmThreads);
+  static_assert((kSlices & (kSlices - 1)) == 0 && (kK == 32 || kK == 64));
+  static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
+  static_assert(kRoundFragments >= 1 &&
+                (kSlices == 1 || kRoundFragments * kSliceWarps * NT * 512 <= kStageBytes));
+  static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
+};
+
+template <class T>
+struct Bf16Ring {
+  RingState<T::kStages> at;
+  uint32_t base;
+
+  __device__ uint32_t rows() const { return base + at.stage * T::kStageBytes; }
+  __device__ uint32_t cols() const { return rows() + T::kRowsBytes; }
+  __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
+  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  // To the slice's next stage; kStages is a multiple of kSlices.
+  __device__ __forceinline__ void next_of_slice() {
+    at.stage += T::kSlices;
+    if (at.stage >= T::kStages) at.stage -= T::kStages, at.parity ^= 1;
+  }
+};
+
+// ---- Producer -----------------------------------------------------------------------------------
+
+// One operand's tile of one K-block.
+template <Major kMajor, int kBlockK, int kRows, int kAtom>
+__device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
+                                             int block, int row) {
+  if constexpr (kMajor == Major::kK) {
+    tma_load_2d(dst, map, full, block * 2 * kBlockK, row);
+  } else {
+#pragma unroll
+    for (int first = 0; first < kRows; first += kAtom) {
+      tma_load_2d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), block * kBlockK);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring) {
+  TileScheduler scheduler(p);
+  for (Tile tile; scheduler.next(tile);) {
+#pragma unroll 1
+    for (int block = tile.k_begin; block < tile.k_end; ++block) {
+      mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
+      mbarrier_expect_tx(ring.full(), T::kStageBytes);
+      load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
+          ring.rows(), &p.rows, ring.full(), block, tile.row * T::kBlockRows);
+      load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
+          ring.cols(), &p.cols, ring.full(), block, tile.col * T::kBlockCols);
+      ring.at.advance();
+    }
+  }
+  pdl_launch_dependents();
+}
+
+// ---- Consumer -----------------------------------------------------------------------------------
+
+// A warp's sums over `blocks` K-blocks of its slice. With slices the last stage is kept.
+template <class T>
+__device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
+                                           float (&acc)[T::MT][T::NT][4], int warp_row,
+                                           int warp_col) {
+  constexpr int kSteps = T::kBlockK / 16, kPairs = T::NT / 2;
+  constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
+  static_assert(kSteps % 2 == 0, "buffers alternate by parity");
+  using Rows = ReaderBf16<T::kRowsMajor, T::kBlockK, T::kRowsAtom>;
+  using Cols = ReaderBf16<T::kColsMajor, T::kBlockK, T::kColsAtom>;
+  const Rows rows = Rows::template at<true>(warp_row);
+  const Cols cols = Cols::template at<false>(warp_col);
+
+  // While one step of 16 k is multiplied the next one's fragments are loaded, across stages too.
+  uint32_t a[2][T::MT][4], b[2][kPairs][4];
+  if (blocks <= 0) return;
+  mbarrier_wait(ring.full(), ring.at.parity);
+#pragma unroll
+  for (int i = 0; i < T::MT; ++i) rows.load(a[0][i], ring.rows(), i, 0);
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) cols.load(b[0][j], ring.cols(), j, 0);
+#pragma unroll 1
+  for (; blocks > 0; --blocks) {
+    const bool more = blocks > 1;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int now = step % 2, then = 1 - now, next_step = (step + 1) % kSteps;
+      const bool last_step = step == kSteps - 1;
+      const uint32_t empty = ring.empty();
+      if (last_step && more) {  // else the loads below read this stage again, for nothing
+        ring.next_of_slice();
+        mbarrier_wait(ring.full(), ring.at.parity);
+      }
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) {
+        // All loads in the first half of the step.
+#pragma unroll
+        for (int x = 2 * i; x < min(2 * i + 2, T::MT); ++x) {
+          rows.load(a[then][x], ring.rows(), x, next_step);
+        }
+#pragma unroll
+        for (int j = kPairs * i / kLoadRows; j < min(kPairs * (i + 1) / kLoadRows, kPairs); ++j) {
+          cols.load(b[then][j], ring.cols(), j, next_step);
+        }
+#pragma unroll
+        for (int j = 0; j < T::NT; ++j) {
+          const uint32_t (&pair)[4] = b[now][j / 2];
+          const uint32_t column[2] = {pair[j % 2 * 2], pair[j % 2 * 2 + 1]};
+          mma_bf16(acc[i][j], a[now][i], column);
+        }
+        if (last_step && i == kLoadRows - 1 && (more || T::kSlices == 1)) release_stage(empty);
+      }
+    }
+  }
+  if (T::kSlices == 1) ring.next_of_slice();
+}
+
+// The slices of a tile: which K-blocks are whose, and the addition of their sums.
+template <class T>
+class Slices {
+ public:
+  static constexpr int kMask = T::kSlices - 1;
+
+  // Begins a tile of `blocks` K-blocks; gives how many are this slice's.
+  __device__ __forceinline__ int begin(int blocks, int slice) {
+    first_ = end_, end_ = (end_ + blocks) % T::kStages, blocks_ = blocks;
+    return count(slice);
+  }
+
+  // Adds all slices' sums into slice 0's. Every math thread must call it. The stage a slice used
+  // last is still its own (a slice without blocks has none and adds nothing); it is given back.
+  __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], int slice,
+                                          Bf16Ring<T>& ring) {
+    if constexpr (T::kSlices > 1) {
+      const int thread = threadIdx.x % T::kStoreThreads;
+#pragma unroll
+      for (int i0 = 0; i0 < T::MT; i0 += T::kRoundFragments) {
+        // All reads of the stages as operands, and of the round before, are over.
+        named_barrier<1, kMathThreads>();
+        if (slice > 0 && count(slice) > 0) {
+          float4* mine = scratch(ring.base, slice) + thread;
+#pragma unroll
+          for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
+            const float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
+            mine[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+          }
+        }
+        named_barrier<1, kMathThreads>();
+        if (slice > 0) continue;
+#pragma unroll 1
+        for (int other = 1; other < T::kSlices; ++other) {
+          if (count(other) <= 0) continue;
+          const float4* sums = scratch(ring.base, other) + thread;
+#pragma unroll
+          for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
+            float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
+            const float4 add = sums[f * T::kStoreThreads];
+            v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
+          }
+        }
+      }
+      named_barrier<1, kMathThreads>();
+      if (count(slice) > 0) {
+        release_stage(ring.empty());
+        ring.next_of_slice();
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int count(int slice) const {
+    const int before = (slice - first_) & kMask;  // blocks ahead of its first
+    return (blocks_ - before + kMask) / T::kSlices;
+  }
+  // Where the slice's last stage of this tile is.
+  static __device__ __forceinline__ float4* at(uint32_t address) {
+    return static_cast<float4*>(__cvta_shared_to_generic(address));
+  }
+  __device__ __forceinline__ float4* scratch(uint32_t base, int slice) const {
+    const int last = end_ - 1 - ((end_ - 1 - slice) & kMask);
+    return at(base + (last < 0 ? last + T::kStages : last) * T::kStageBytes);
+  }
+
+  int first_ = 0, end_ = 0, blocks_ = 0;  // stages of this tile's first block and of the next's
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_constant__ GemmParams p) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Bf16Ring<T> ring;
+  ring.base = opaque(smem_address(smem));
+  if (threadIdx.x < T::kStages) {
+    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, 1);
+    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, T::kSliceWarps);
+    mbarrier_init_fence();
+  } else if (threadIdx.x == kMathThreads) {
+    tma_prefetch_map(&p.rows);
+    tma_prefetch_map(&p.cols);
+  }
+  __syncthreads();
+  pdl_wait();  // global memory may be touched from here on
+
+  const int warp = threadIdx.x / kWarpSize;
+  if (warp >= kMathWarps) {
+    shrink_registers<T::kProducerRegisters>();
+    if (threadIdx.x == kMathThreads && p.k_blocks > 0) produce<T>(p, ring);
+    if (p.split) grid_barrier();
+    return;
+  }
+
+  grow_registers<T::kMathRegisters>();
+  const int slice = warp / T::kSliceWarps, in_slice = warp % T::kSliceWarps;
+  const int warp_row = in_slice / T::kWarpsAcross * T::MT * 16;
+  const int warp_col = in_slice % T::kWarpsAcross * T::NT * 8;
+  ring.at.stage = slice;
+  Slices<T> slices;
+  TileScheduler scheduler(p);
+  for (Tile tile; scheduler.next(tile);) {
+    float acc[T::MT][T::NT][4] = {};
+    accumulate<T>(slices.begin(tile.k_end - tile.k_begin, slice), ring, acc, warp_row, warp_col);
+    slices.combine(acc, slice, ring);
+    if (slice == 0) store_tile<T>(p, tile, acc, warp_row, warp_col);
+  }
+  if (p.split) {
+    grid_barrier();
+    if (slice == 0) reduce_partials<T>(p, warp_row, warp_col);
+  }
+}
+
+}  // namespace sm120

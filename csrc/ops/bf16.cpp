@@ -1,0 +1,135 @@
+// CUDA entry points of the bf16 family: check -> choose config -> launch. The schemas and the
+// meaning of every argument are in sm120_ops/ops/bf16.py.
+#include "host/bf16_launch.h"
+#include "ops/matrix_output.h"
+
+#include <cstdio>
+
+namespace sm120 {
+namespace {
+
+constexpr char kOp[] = "bf16_gemm";
+constexpr int64_t kMaxRows = (1ll << 31) - 256;  // TMA coordinates are int32
+
+struct Problem {
+  int64_t m, n, k;
+  Bf16Operand a, b;
+};
+
+// A configuration a test or a tuning run asks for, in place of the model's choice.
+struct Forced {
+  int64_t tile;
+  bool swapped, split;
+};
+
+// [rows, K] with either stride 1 and lines 16 bytes apart; a single line's stride says nothing.
+Bf16Operand check_operand(const char* arg, const Tensor& t, int32_t device) {
+  check_on_device(kOp, arg, t, device);
+  check(t.scalar_type() == ScalarType::BFloat16, kOp, arg, "dtype torch.bfloat16", Dtype(t));
+  check(t.dim() == 2, kOp, arg, "2 dimensions", Shape{t});
+  check(t.size(0) <= kMaxRows && t.size(1) <= kMaxRows / 2, kOp, arg,
+        "fewer than 2^31 rows and 2^30 columns", Shape{t});
+  const int64_t rows = t.size(0);
+  if (t.numel() == 0) return {nullptr, 16, rows, false};
+  const auto lines = [&](int inner, int outer) {
+    const bool apart = t.stride(outer) % 8 == 0 && t.stride(outer) >= t.size(inner);
+    return (t.stride(inner) == 1 || t.size(inner) == 1) && (t.size(outer) == 1 || apart);
+  };
+  const bool k_major = lines(1, 0);
+  check(k_major || lines(0, 1), kOp, arg,
+        "one stride to be 1 and the other a multiple of 8 (16-byte rows), without overlap",
+        Strides{t});
+  check(is_aligned(t.data_ptr(), 16), kOp, arg, "a 16-byte aligned data pointer", t.data_ptr());
+  const int outer = k_major ? 0 : 1;
+  const int64_t stride =
+      t.size(outer) > 1 ? 2 * t.stride(outer) : align_up(2 * t.size(1 - outer), 16);
+  return {t.data_ptr(), stride, rows, !k_major};
+}
+
+Problem check_problem(const Tensor& a, const Tensor& b) {
+  const int32_t device = device_of(a, b);
+  Problem p{};
+  p.a = check_operand("a", a, device);
+  p.b = check_operand("b", b, device);
+  p.m = a.size(0), p.n = b.size(0), p.k = a.size(1);
+  if (b.size(1) != p.k) fail(kOp, "b", cat("K=", p.k, " as in a"), cat("K=", b.size(1)));
+  return p;
+}
+
+void run(const Tensor& a, const Tensor& b, const Problem& p, const std::optional<Tensor>& c,
+         const Tensor& out, const Forced* forced = nullptr) {
+  const int32_t device = a.get_device_index();
+  const DeviceProperties& gpu = require_supported_device(kOp, device);
+  const GemmOutput d = check_matrix_output(kOp, out, c, p.m, p.n, device);
+  check_apart(kOp, "out", out, "a", a);
+  check_apart(kOp, "out", out, "b", b);
+  if (p.m == 0 || p.n == 0) return;
+
+  const Bf16Shape shape{p.m, p.n, p.k};
+  const GpuModel model{gpu.sm_count, gpu.major == 12, gpu.l2_bytes, gpu.dram_gbps};
+  Bf16Config config;
+  if (forced) {
+    check(forced->tile >= 0 && forced->tile < kNumBf16Tiles &&
+              is_legal(static_cast<int>(forced->tile), forced->swapped, forced->split, shape,
+                       model.num_sms),
+          kOp, "tile, swapped, split", "a compiled tile and a legal combination", forced->tile,
+          ", ", forced->swapped, ", ", forced->split);
+    config = evaluate_bf16_config(static_cast<int>(forced->tile), forced->swapped, forced->split,
+                                  shape, model);
+  } else {
+    config = choose_bf16_config(shape, model);
+  }
+  if (log_configs()) {
+    std::fprintf(stderr, "sm120_ops.bf16_gemm: m %lld n %lld k %lld: %s\n",
+                 static_cast<long long>(p.m), static_cast<long long>(p.n),
+                 static_cast<long long>(p.k), config.to_string().c_str());
+  }
+  const DeviceGuard guard(device);
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = bf16_workspace_bytes(config); bytes > 0) {
+    workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
+  }
+  SM120_OPS_CUDA_CHECK(
+      kOp, launch_bf16_gemm(config, p.a, p.b, p.k, d, workspace ? workspace->data_ptr() : nullptr,
+                            current_stream(device)));
+}
+
+void bf16_gemm_out(Tensor a, Tensor b, std::optional<Tensor> c, Tensor out) {
+  run(a, b, check_problem(a, b), c, out);
+}
+
+Tensor bf16_gemm(Tensor a, Tensor b, ScalarType out_dtype, std::optional<Tensor> c) {
+  const Problem p = check_problem(a, b);
+  check_out_dtype(kOp, out_dtype);
+  const Tensor out = empty_cuda({p.m, p.n}, out_dtype, a.get_device_index());
+  run(a, b, p, c, out);
+  return out;
+}
+
+void bf16_gemm_forced(Tensor a, Tensor b, std::optional<Tensor> c, Tensor out, int64_t tile,
+                      bool swapped, bool split) {
+  const Forced forced{tile, swapped, split};
+  run(a, b, check_problem(a, b), c, out, &forced);
+}
+
+// What the op would choose, without a GPU.
+std::string bf16_gemm_config(int64_t m, int64_t n, int64_t k, int64_t num_sms, bool native,
+                             int64_t l2_bytes, int64_t dram_gbps) {
+  check(m > 0 && n > 0 && k >= 0 && num_sms > 0, "_bf16_gemm_config", "m, n, k, num_sms",
+        "m, n, num_sms > 0 and k >= 0", m, ", ", n, ", ", k, ", ", num_sms);
+  const GpuModel model{static_cast<int>(num_sms), native, l2_bytes, static_cast<int>(dram_gbps)};
+  return choose_bf16_config({m, n, k}, model).to_string();
+}
+
+}  // namespace
+}  // namespace sm120
+
+STABLE_TORCH_LIBRARY_IMPL(sm120, CUDA, m) {
+  m.impl("bf16_gemm", TORCH_BOX(&sm120::bf16_gemm));
+  m.impl("bf16_gemm.out", TORCH_BOX(&sm120::bf16_gemm_out));
+  m.impl("_bf16_gemm_forced", TORCH_BOX(&sm120::bf16_gemm_forced));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sm120, CompositeExplicitAutograd, m) {
+  m.impl("_bf16_gemm_config", TORCH_BOX(&sm120::bf16_gemm_config));
+}
