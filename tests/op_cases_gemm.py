@@ -131,6 +131,18 @@ for _name, _make, _index, _after in (
     )
 
 
+# ---- bf16 ----------------------------------------------------------------------------------------
+
+both(
+    "bf16_gemm",
+    lambda r, rows: {"a": r.bf16(rows, K), "b": r.bf16(K, N), "c": r.floats(rows, N)},
+    lambda t: (t["a"], t["b"].t()),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"],),
+    outputs=lambda r, t: {"out": r.poison(t["a"].shape[0], N, dtype=torch.float32)},
+)
+
+
 # ---- hc_prenorm ----------------------------------------------------------------------------------
 
 both(

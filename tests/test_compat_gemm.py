@@ -185,3 +185,29 @@ def test_compiles_without_recompiling(device: torch.device) -> None:
         for rows in (5, 3, 64, 17):
             x = torch.randn(rows, 256, device=device)
             assert torch.equal(compiled(x), step(x))
+
+
+# ---- BF16 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+@pytest.mark.parametrize("out_dtype", [BF16, FP32])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_bf16(device: torch.device, layout: str, out_dtype: torch.dtype, accumulate: bool) -> None:
+    for m, n, k in [(1, 256, 512), (96, 16, 384), (128, 264, 256)]:
+        x, w = (torch.randn(rows, k, device=device).to(BF16) for rows in (m, n))
+        a = x.t().contiguous() if layout[0] == "t" and m % 8 == 0 else x
+        a = x.t() if layout[0] == "t" and m % 8 != 0 else a
+        b = w.t().contiguous() if layout[1] == "n" else w
+        c = torch.randn(m, n, device=device).to(out_dtype) if accumulate else None
+        wide = torch.full((m, n + 8), 7.0, device=device, dtype=out_dtype)
+        d = wide[:, :n]
+        getattr(deep_gemm, f"bf16_gemm_{layout}")(a, b, d, c)
+        wanted = x.double() @ w.double().t() + (0 if c is None else c.double())
+        assert calc_diff(d, wanted) < 1e-5
+        assert (wide[:, n:] == 7).all()
+        if c is not None:
+            getattr(deep_gemm, f"bf16_gemm_{layout}")(a, b, c, c)
+            assert torch.equal(c, d)
+    with refused(f"bf16_gemm_{layout}: epilogue: expected None"):
+        getattr(deep_gemm, f"bf16_gemm_{layout}")(a, b, d, epilogue=1)

@@ -15,6 +15,12 @@ from .attention import (
     fp8_paged_mqa_logits,
     get_paged_mqa_logits_metadata,
 )
+from .bf16 import (
+    bf16_gemm_nn,
+    bf16_gemm_nt,
+    bf16_gemm_tn,
+    bf16_gemm_tt,
+)
 from .gemm import (
     cublaslt_gemm_nn,
     cublaslt_gemm_nt,
@@ -98,6 +104,10 @@ __version__ = "2.8.1"
 __all__ = [
     "SymmBuffer",
     "align",
+    "bf16_gemm_nn",
+    "bf16_gemm_nt",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
     "cast_back_from_fp4",
     "cast_back_from_fp8",
     "ceil_div",
