@@ -401,7 +401,7 @@ def test_sglang_hooks_replace_functions_already_imported(
     modules = stubs.sglang_modules()
     use(monkeypatch, modules)
     real = types.ModuleType("deep_gemm")
-    theirs = {name: (lambda *a, name=name: name) for name in ("fp8_gemm_nt", "mega_mhc")}
+    theirs = {name: (lambda *a, name=name: name) for name in ("fp8_gemm_nt", "fp8_fp4_mega_moe")}
     real.__dict__.update(theirs)
     user = types.ModuleType("sglang.user")
     user.__dict__.update(deep_gemm=real, gemm=real.fp8_gemm_nt)
@@ -413,7 +413,7 @@ def test_sglang_hooks_replace_functions_already_imported(
     modules["sglang.srt.plugins.hook_registry"].HookRegistry.apply_hooks()
     for function in (user.gemm, user.deep_gemm.fp8_gemm_nt):
         assert function.func is deep_gemm.fp8_gemm_nt
-    assert real.mega_mhc() == "mega_mhc"
+    assert real.fp8_fp4_mega_moe() == "fp8_fp4_mega_moe"
     assert sys.modules["deep_gemm"] is real
     (line,) = lines(caplog)
     assert "serves 1 functions of" in line

@@ -18,10 +18,18 @@ import types
 
 from .. import __version__, _stats, compat
 from ..compat import deep_gemm
+from ..compat.deep_gemm import mega
 from ._activation import RefusalError, forced, requested
 
 _log = logging.getLogger("sglang.sm120_ops")
 _done = False
+
+
+def _replaces(name: str, other: types.ModuleType) -> bool:
+    function = getattr(deep_gemm, name)
+    # Mega MoE only says here that there is none: theirs says so too, or works.
+    serves = inspect.isfunction(function) and function.__module__ != mega.__name__
+    return serves and callable(getattr(other, name, None))
 
 
 def _hook(other: types.ModuleType) -> str:
@@ -33,11 +41,7 @@ def _hook(other: types.ModuleType) -> str:
     except ImportError as error:
         reason = "another deep_gemm is imported already, and this SGLang has no HookRegistry"
         raise RefusalError(f"{reason} ({error})") from error
-    names = [
-        name
-        for name in deep_gemm.__all__
-        if inspect.isfunction(getattr(deep_gemm, name)) and callable(getattr(other, name, None))
-    ]
+    names = [name for name in deep_gemm.__all__ if _replaces(name, other)]
     for name in names:
         HookRegistry.register(f"deep_gemm.{name}", getattr(deep_gemm, name), HookType.REPLACE)
     _stats.set_active("deep_gemm", f"{len(names)} functions replaced by SGLang's HookRegistry")
