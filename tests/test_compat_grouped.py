@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,15 @@ import torch
 from compat_cases import BF16, CONFIGS, SCALE_FORMS, Operand, as_form, quantised, refused
 
 from sm120_ops.compat import deep_gemm
+from sm120_ops.compat.deep_gemm import runtime
 from sm120_ops.compat.deep_gemm.testing import calc_diff
 
 N, K = 136, 256
 
 
 @pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
-    yield
-    deep_gemm.set_mk_alignment_for_contiguous_layout(128)
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_settings", runtime._Settings())
 
 
 def stacked(x: torch.Tensor, gran_k: int, fp4: bool, block: bool, form: str) -> Operand:

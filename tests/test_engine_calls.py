@@ -1,6 +1,6 @@
 """The calls that vLLM 0.33.0 and SGLang 0.5.23 make of deep_gemm, with the argument forms and the
 layouts they make them with: vllm/utils/deep_gemm.py and its callers, and
-sglang/srt/layers/deep_gemm_wrapper/ and its callers. Shapes are like those of DeepSeek-V4-Flash, but smaller.
+sglang/srt/layers/deep_gemm_wrapper/ and its callers. Shapes are as in DeepSeek-V4-Flash, but smaller.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from compat_cases import BF16, FP32
 from test_compat_attention import Paged, Ragged
 
 from sm120_ops import compat
+from sm120_ops.compat.deep_gemm import runtime
 from sm120_ops.compat.deep_gemm.testing import calc_diff
 
 HIDDEN, OUT, EXPERTS = 512, 384, 4
 
 
 @pytest.fixture
-def deep_gemm() -> Iterator[Any]:
-    """As an engine gets it."""
-    module = compat.install()
-    yield module
-    module.set_mk_alignment_for_contiguous_layout(128)
-    module.set_compile_mode(0)
+def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """As an engine gets it, with settings of its own."""
+    monkeypatch.setattr(runtime, "_settings", runtime._Settings())
+    yield compat.install()
     compat.uninstall()
 
 
