@@ -1,6 +1,6 @@
 """The calls that vLLM 0.33.0 and SGLang 0.5.23 make of deep_gemm, with the argument forms and the
 layouts they make them with: vllm/utils/deep_gemm.py and its callers, and
-sglang/srt/layers/deep_gemm_wrapper/ and its callers. Shapes are as in DeepSeek-V4-Flash, but smaller.
+sglang/srt/layers/deep_gemm_wrapper/ and its callers. Shapes are DeepSeek-V4-Flash in small.
 """
 
 from __future__ import annotations
@@ -199,12 +199,49 @@ def test_vllm_prenorm(deep_gemm: Any, device: torch.device) -> None:
         assert calc_diff(squares.sum(0), x.double().square().sum(1)) < 1e-8
 
 
+def output_projection(
+    deep_gemm: Any, device: torch.device, gran_k: int, recipe: tuple[int, int, int]
+) -> None:
+    """wo_a of DeepSeek-V4: activations with scales packed by head, weights packed when loaded."""
+    tokens, groups, rank, k = 9, 2, 256, 512
+    o = torch.randn(tokens, groups, k, device=device, dtype=BF16)
+    w = torch.randn(groups, rank, k, device=device, dtype=BF16)
+    casts = [activations(deep_gemm, o[:, g].contiguous(), gran_k) for g in range(groups)]
+    words = casts[0][1].shape[1]
+    scale = torch.zeros(groups, words, 12, dtype=torch.int32, device=device)
+    for g, cast in enumerate(casts):
+        scale[g, :, :tokens] = cast[1].t()
+    data = torch.stack([cast[0] for cast in casts], 1)
+    a = (data, scale.permute(2, 0, 1)[:tokens])
+    if gran_k == 128:
+        b = block_weights(deep_gemm, w)
+    else:
+        parts = [deep_gemm.per_token_cast_to_fp8(part, True, gran_k) for part in w]
+        sf = torch.stack([part[1] for part in parts])
+        packed = deep_gemm.transform_sf_into_required_layout(
+            sf=sf, mn=rank, k=k, recipe=(1, 1, gran_k), num_groups=groups, is_sfa=False
+        )
+        b = (torch.stack([part[0] for part in parts]), packed)
+    z = torch.empty(tokens, groups, rank, dtype=BF16, device=device)
+    deep_gemm.fp8_einsum("bhr,hdr->bhd", a, b, z, recipe=recipe)
+    assert calc_diff(z, torch.einsum("bhr,hdr->bhd", o.float(), w.float())) < 1e-3
+
+
+@pytest.mark.parametrize("gran_k", [32, 128])
+def test_vllm_output_projection(deep_gemm: Any, device: torch.device, gran_k: int) -> None:
+    output_projection(deep_gemm, device, gran_k, (1, 1, gran_k))
+
+
 # ---- SGLang --------------------------------------------------------------------------------------
 
 
 def test_sglang_probe(deep_gemm: Any) -> None:
     """What configurer.py asks for before it lets the wrapper on for SM120."""
-    for name in ("m_grouped_fp8_fp4_gemm_nt_contiguous", "transform_sf_into_required_layout"):
+    for name in (
+        "fp8_einsum",
+        "m_grouped_fp8_fp4_gemm_nt_contiguous",
+        "transform_sf_into_required_layout",
+    ):
         assert callable(getattr(deep_gemm, name, None))
     from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor  # noqa: F401
 
@@ -230,6 +267,11 @@ def test_sglang_linear(deep_gemm: Any, x: torch.Tensor, w: torch.Tensor) -> None
         a, b, out, recipe_a=(1, 32), recipe_b=(1, 32), disable_ue8m0_cast=True
     )
     assert calc_diff(out, wanted) < 1e-3
+
+
+def test_sglang_output_projection(deep_gemm: Any, device: torch.device) -> None:
+    """The recipe of the blocks with scales that are packed by row."""
+    output_projection(deep_gemm, device, 128, (1, 128, 128))
 
 
 def test_sglang_bf16(deep_gemm: Any, x: torch.Tensor, w: torch.Tensor) -> None:

@@ -21,6 +21,10 @@ from .bf16 import (
     bf16_gemm_tn,
     bf16_gemm_tt,
 )
+from .einsum import (
+    einsum,
+    fp8_einsum,
+)
 from .gemm import (
     cublaslt_gemm_nn,
     cublaslt_gemm_nt,
@@ -49,6 +53,11 @@ from .grouped import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from .hyperconnection import tf32_hc_prenorm_gemm
+from .k_grouped import (
+    k_grouped_bf16_gemm_tn_contiguous,
+    k_grouped_fp8_gemm_nt_contiguous,
+    k_grouped_fp8_gemm_tn_contiguous,
+)
 from .layout import transform_sf_into_required_layout
 from .mega import (
     SymmBuffer,
@@ -116,7 +125,9 @@ __all__ = [
     "cublaslt_gemm_nt",
     "cublaslt_gemm_tn",
     "cublaslt_gemm_tt",
+    "einsum",
     "fp4_gemm_nt",
+    "fp8_einsum",
     "fp8_fp4_gemm_nn",
     "fp8_fp4_gemm_nt",
     "fp8_fp4_gemm_tn",
@@ -148,6 +159,9 @@ __all__ = [
     "get_tma_aligned_size",
     "init",
     "init_dist",
+    "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_fp4_gemm_nt_contiguous",
     "m_grouped_fp4_gemm_nt_masked",
     "m_grouped_fp8_fp4_gemm_nn_contiguous",
