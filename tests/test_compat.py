@@ -390,6 +390,28 @@ def test_bench_helpers() -> None:
     assert testing.get_arch_major() in (9, 12)
 
 
+def test_no_gradient_is_cut_silently() -> None:
+    """What can require a gradient is refused with grad mode on, and taken with it off."""
+    w = torch.randn(16, 64, dtype=BF16, requires_grad=True)
+    x, d = torch.randn(8, 64, dtype=BF16), torch.empty(8, 16, dtype=BF16)
+    fn = torch.randn(8, 64, requires_grad=True)
+    q = torch.zeros(4, 8, 64).to(torch.float8_e4m3fn)
+    keys = (torch.zeros(6, 64).to(torch.float8_e4m3fn), torch.ones(6))
+    heads = torch.randn(4, 8, requires_grad=True)
+    starts, ends = torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+    calls: list[Any] = [
+        lambda: deep_gemm.bf16_gemm_nt(x, w, d),
+        lambda: deep_gemm.tf32_hc_prenorm_gemm(x, fn, torch.empty(8, 8), torch.empty(8)),
+        lambda: deep_gemm.fp8_mqa_logits(q, keys, heads, starts, ends),
+        lambda: deep_gemm.einsum("bmk,bnk->mn", x[None], w[None], d),
+    ]
+    for call in calls:
+        with refused("expected a tensor that needs no gradient", RuntimeError):
+            call()
+        with torch.no_grad():
+            call()
+
+
 def test_stats() -> None:
     sm120_ops.stats(reset=True)
     problem = Problem(torch.device("cpu"), 4, 128, 128, (128, 128, False, False))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import _check
 from ..._stats import count
 from ...ops.layout import FP4_DTYPES, as_bytes
 
@@ -53,6 +54,7 @@ def fp8_fp4_mqa_logits(
     count("deep_gemm.fp8_fp4_mqa_logits")
     if type(clean_logits) is not bool:
         max_seqlen_k, clean_logits = clean_logits, False
+    _check.require_no_grad("deep_gemm.fp8_fp4_mqa_logits", weights=weights)
     (q_data, q_scale), (k_data, k_scale) = q, kv
     return _mqa(
         _data(q_data),
@@ -131,6 +133,7 @@ def fp8_fp4_paged_mqa_logits(
     count("deep_gemm.fp8_fp4_paged_mqa_logits")
     if type(clean_logits) is not bool:
         indices, clean_logits = clean_logits, False
+    _check.require_no_grad("deep_gemm.fp8_fp4_paged_mqa_logits", weights=weights)
     q_data, q_scale = q
     return _paged(
         _data(q_data),

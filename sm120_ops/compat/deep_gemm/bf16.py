@@ -8,10 +8,27 @@ from __future__ import annotations
 
 import torch
 
+from ... import _check
 from .gemm import reject_extras
+from .layout import name_of
 from .runtime import skips
 
 _gemm_out = torch.ops.sm120.bf16_gemm.out
+
+
+def _run(
+    op: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    d: torch.Tensor,
+    c: torch.Tensor | None,
+    alpha: object,
+    epilogue: object,
+) -> None:
+    if alpha is not None or epilogue is not None:
+        reject_extras(op, alpha, epilogue)
+    _check.require_no_grad(name_of(op), a=a, b=b, c=c)
+    _gemm_out(a, b, c, out=d)
 
 
 def bf16_gemm_nt(
@@ -32,11 +49,8 @@ def bf16_gemm_nt(
         compiled_dims: without effect.
         alpha, epilogue: must be None.
     """
-    if skips("deep_gemm.bf16_gemm_nt"):
-        return
-    if alpha is not None or epilogue is not None:
-        reject_extras("bf16_gemm_nt", alpha, epilogue)
-    _gemm_out(a, b, c, out=d)
+    if not skips("deep_gemm.bf16_gemm_nt"):
+        _run("bf16_gemm_nt", a, b, d, c, alpha, epilogue)
 
 
 def bf16_gemm_nn(
@@ -49,10 +63,8 @@ def bf16_gemm_nn(
     epilogue: object = None,
 ) -> None:
     """bf16_gemm_nt() of B [K, N]."""
-    if skips("deep_gemm.bf16_gemm_nn"):
-        return
-    reject_extras("bf16_gemm_nn", alpha, epilogue)
-    _gemm_out(a, b.t(), c, out=d)
+    if not skips("deep_gemm.bf16_gemm_nn"):
+        _run("bf16_gemm_nn", a, b.t(), d, c, alpha, epilogue)
 
 
 def bf16_gemm_tn(
@@ -65,10 +77,8 @@ def bf16_gemm_tn(
     epilogue: object = None,
 ) -> None:
     """bf16_gemm_nt() of A [K, M] and B [K, N]."""
-    if skips("deep_gemm.bf16_gemm_tn"):
-        return
-    reject_extras("bf16_gemm_tn", alpha, epilogue)
-    _gemm_out(a.t(), b.t(), c, out=d)
+    if not skips("deep_gemm.bf16_gemm_tn"):
+        _run("bf16_gemm_tn", a.t(), b.t(), d, c, alpha, epilogue)
 
 
 def bf16_gemm_tt(
@@ -81,7 +91,5 @@ def bf16_gemm_tt(
     epilogue: object = None,
 ) -> None:
     """bf16_gemm_nt() of A [K, M]."""
-    if skips("deep_gemm.bf16_gemm_tt"):
-        return
-    reject_extras("bf16_gemm_tt", alpha, epilogue)
-    _gemm_out(a.t(), b, c, out=d)
+    if not skips("deep_gemm.bf16_gemm_tt"):
+        _run("bf16_gemm_tt", a.t(), b, d, c, alpha, epilogue)

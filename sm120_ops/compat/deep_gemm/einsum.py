@@ -108,6 +108,7 @@ def fp8_einsum(
     a_data, b_data = k_major_groups(view_a(a_data)), k_major_groups(view_b(b_data))
     d, c = view_d(d), None if c is None else view_d(c)
     _check_sizes(op, a_data, b_data, d)
+    _check.require_no_grad(name_of(op), c=c)
     per_byte = 1 if a_data.dtype == torch.float8_e4m3fn else 2
     heads, m, k = a_data.shape[0], a_data.shape[1], a_data.shape[2] * per_byte
     canonical = sfa.dtype == torch.int32 and view_a is not _heads_first
@@ -145,6 +146,7 @@ def einsum(
     if skips("deep_gemm.einsum"):
         return
     reject_extras(op, None, epilogue)
+    _check.require_no_grad(name_of(op), a=a, b=b, c=c)
     plain = expr.replace(" ", "")
     if use_cublaslt:
         product = torch.einsum(plain, a.float(), b.float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import _check
 from .runtime import skips
 
 _prenorm_out = torch.ops.sm120.hc_prenorm.out
@@ -24,4 +25,5 @@ def tf32_hc_prenorm_gemm(
             [S, M], partial sums over parts of K that the caller adds up.
     """
     if not skips("deep_gemm.tf32_hc_prenorm_gemm"):
+        _check.require_no_grad("deep_gemm.tf32_hc_prenorm_gemm", a=a, b=b)
         _prenorm_out(a, b, num_splits, None, d=d, sqr_sum=sqr_sum)

@@ -62,6 +62,7 @@ def _fp8(
     m, n = d.shape[1:]
     total = a[0].shape[0] // max(m, 1) if flat else a[0].shape[0]
     _check_groups(op, ks, d, total, use_psum_layout)
+    _check.require_no_grad(name, c=c)
     grans = recipes(op, b[1], recipe, None, None)
     sides = (("sfa", a, m, grans[0]), ("sfb", b, n, grans[1]))
     for g, (start, k, rows) in enumerate(_groups(ks, recipe[2])):
@@ -139,6 +140,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
     if skips(f"deep_gemm.{op}"):
         return
     reject_extras(op, None, epilogue)
+    _check.require_no_grad(name_of(op), a=a, b=b, c=c)
     _check_groups(op, ks, d, a.shape[0], use_psum_layout)
     for g, (start, k, _) in enumerate(_groups(ks, 1)):
         parts = (x[start : start + k].t() for x in (a, b))
