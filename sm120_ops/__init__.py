@@ -8,6 +8,7 @@ graphs too.
 from __future__ import annotations
 
 from . import _load, nn
+from ._stats import stats
 from ._version import __version__
 from .device import is_supported
 from .ops.bf16 import bf16_gemm, bf16_gemm_nn, bf16_gemm_tn, bf16_gemm_tt
@@ -55,6 +56,7 @@ __all__ = [
     "paged_mqa_logits",
     "paged_mqa_metadata",
     "quantize",
+    "stats",
     "transpose_fp4",
     "unpack_fp4",
     "unpack_scales",

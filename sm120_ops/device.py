@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
+import os
 import platform
 import re
 import sys
@@ -182,7 +183,7 @@ class _Nvml:
             return 0
         return value.value
 
-    def handle(self, uuid: str | None) -> ctypes.c_void_p | None:
+    def handle(self, uuid: str | None, index: int = 0) -> ctypes.c_void_p | None:
         """By UUID where torch gives one: NVML counts GPUs that CUDA_VISIBLE_DEVICES hides."""
         if self.lib is None:
             return None
@@ -191,7 +192,9 @@ class _Nvml:
             name = ctypes.c_char_p(f"GPU-{uuid}".encode())
             status = self.lib.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle))
         else:
-            status = self.lib.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), ctypes.byref(handle))
+            status = self.lib.nvmlDeviceGetHandleByIndex_v2(
+                ctypes.c_uint(index), ctypes.byref(handle)
+            )
         return handle if status == 0 else None
 
     def name(self, handle: ctypes.c_void_p) -> str | None:
@@ -223,6 +226,33 @@ class _Nvml:
         clock_sm = ctypes.c_int(1)  # NVML_CLOCK_SM
         ok = self.lib.nvmlDeviceGetMaxClockInfo(handle, clock_sm, ctypes.byref(value)) == 0
         return value.value if ok else None
+
+
+def _visible_indices(count: int) -> list[int]:
+    """NVML's indices of the GPUs that CUDA_VISIBLE_DEVICES leaves, all if it names them otherwise.
+
+    CUDA counts as NVML does only with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return list(range(count))
+    entries = [entry.strip() for entry in visible.split(",")]
+    if not all(entry.isdigit() for entry in entries):
+        return list(range(count))
+    return [int(entry) for entry in entries if int(entry) < count]
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs this process may use, without a CUDA context.
+
+    Asks NVML unless torch has a context already. Empty where there is no GPU or no answer.
+    """
+    if torch.cuda.is_initialized():
+        return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    nvml = _Nvml()
+    handles = [nvml.handle(None, index) for index in _visible_indices(nvml.count())]
+    found = [nvml.capability(handle) for handle in handles if handle is not None]
+    return [capability for capability in found if capability is not None]
 
 
 def _gpu_index(device: torch.device | str | int | None) -> int | None:

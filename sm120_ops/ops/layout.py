@@ -156,8 +156,11 @@ def _pack_scales_out_fake(
     check_packed_scales("pack_scales", "out", out, rows, scale.shape[1])
 
 
-def _require_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
-    """Reads the device: one sync."""
+def check_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
+    """Reads the device (one sync), unless it cannot be read: under capture or torch.compile."""
+    capturing = scale.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or not _check.has_address(scale):
+        return
     bad = (exponents_of(scale) == E8M0_NAN).nonzero()
     if bad.shape[0] > 0:
         row, group = bad[0].tolist()
@@ -173,10 +176,8 @@ def pack_scales_of(
     _check.require_no_grad(op, **{arg: scale})
     if not torch.compiler.is_compiling():
         _check_pack_scales(op, arg, scale, rows, gran_mn)
-        capturing = scale.is_cuda and torch.cuda.is_current_stream_capturing()
-        readable = _check.has_address(scale) and not capturing
-        if validate and scale.dtype == torch.float32 and readable:
-            _require_powers_of_two(op, arg, scale)
+        if validate and scale.dtype == torch.float32:
+            check_powers_of_two(op, arg, scale)
     return torch.ops.sm120.pack_scales.default(scale, rows, gran_mn)
 
 

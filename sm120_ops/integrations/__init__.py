@@ -1,0 +1,1 @@
+"""Plugins of serving engines: entry points `vllm.general_plugins` and `sglang.srt.plugins`."""
