@@ -184,12 +184,16 @@ def random_operand(
 
 
 def assert_gemm_close(
-    d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None
+    d: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    relative: float = 1e-6,
 ) -> None:
     """D against float64 values of A [M, K] and B [N, K].
 
-    float32: the relative Frobenius error is at most 1e-6. bfloat16: every element is within 2^-8
-    of its value, half an ulp being 2^-9, plus the float32 error that cancellation leaves over.
+    float32: the relative Frobenius error is at most `relative`. bfloat16: every element is within
+    2^-8 of its value, half an ulp being 2^-9, plus the float32 error that cancellation leaves over.
     Both get the magnitude that was summed up as yardstick where the sum itself has cancelled.
     """
     exact = a @ b.t() + (0 if c is None else c.double())
@@ -201,7 +205,9 @@ def assert_gemm_close(
     assert not error.isnan().any(), f"NaN at {error.isnan().nonzero()[0].tolist()}"
     if d.dtype == torch.float32:
         yardstick = exact.norm() if d.numel() >= 256 else magnitude.norm()
-        assert error.norm() <= 1e-6 * yardstick, f"relative error {error.norm() / yardstick:.3g}"
+        assert error.norm() <= relative * yardstick, (
+            f"relative error {error.norm() / yardstick:.3g}"
+        )
     # Single elements: nothing is far off either. The sum of K terms in float32 loses a few 2^-24.
     rounding = 2.0**-8 * exact.abs() if d.dtype == torch.bfloat16 else 0
     excess = error - rounding - 2.0**-18 * magnitude

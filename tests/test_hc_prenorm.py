@@ -174,7 +174,9 @@ def test_drawn_cases(device: torch.device, chunk: int) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def refused(arg: str, requirement: str, got: str, kind: type[Exception] = ValueError) -> object:
+def refused(
+    arg: str, requirement: str, got: str, kind: type[Exception] = ValueError
+) -> pytest.RaisesExc:
     return pytest.raises(
         kind, match=rf"^sm120_ops.hc_prenorm: {arg}: expected {requirement}, got {got}"
     )

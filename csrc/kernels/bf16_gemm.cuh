@@ -288,8 +288,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     slices.combine(acc, slice, ring);
     tile = queue.read();  // again, rather than in registers all the while
     if (slice == 0) store_tile<T>(p, tile, acc, warp_row, warp_col);
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(queue.empty());  // what was read has been used by now
+    release_stage(queue.empty());
   }
   if (p.schedule == Schedule::kSplit) {
     grid_barrier();

@@ -150,8 +150,8 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         EXACT_PRODUCT,
     )
     for layout in ("nt", "nn"):
-        b = w if layout == "nt" else w.T.contiguous()
-        got = ops.bf16_gemm(x, b, layout=layout, out_dtype=torch.float32)
+        weight = w if layout == "nt" else w.T.contiguous()
+        got = ops.bf16_gemm(x, weight, layout=layout, out_dtype=torch.float32)
         error = relative_error(got, product)
         yield TourLine(
             "bf16_gemm", f"{M}x{N}x{K} bf16, {layout}", "FP64 product", error, EXACT_PRODUCT
