@@ -12,6 +12,7 @@ from ._version import __version__
 from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
+from .ops.k_grouped import k_grouped_gemm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
 from .ops.moe_activation import moe_activation
@@ -31,6 +32,7 @@ __all__ = [
     "grouped_gemm_masked",
     "grouped_gemm_psum",
     "is_supported",
+    "k_grouped_gemm",
     "moe",
     "moe_activation",
     "moe_capacity",
