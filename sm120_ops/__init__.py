@@ -13,6 +13,7 @@ from .device import is_supported
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.indexer import indexer_topk, mqa_cache_write
+from .ops.k_grouped import k_grouped_gemm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
 from .ops.moe_activation import moe_activation
@@ -34,6 +35,7 @@ __all__ = [
     "grouped_gemm_psum",
     "indexer_topk",
     "is_supported",
+    "k_grouped_gemm",
     "moe",
     "moe_activation",
     "moe_capacity",

@@ -3,12 +3,24 @@
 Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load the CUDA library.
 """
 
-from . import gemm, grouped, indexer, layout, moe, moe_activation, moe_layer, mqa, quantize
+from . import (
+    gemm,
+    grouped,
+    indexer,
+    k_grouped,
+    layout,
+    moe,
+    moe_activation,
+    moe_layer,
+    mqa,
+    quantize,
+)
 
 __all__ = [
     "gemm",
     "grouped",
     "indexer",
+    "k_grouped",
     "layout",
     "moe",
     "moe_activation",

@@ -156,7 +156,7 @@ def _pack_scales_out_fake(
     check_packed_scales("pack_scales", "out", out, rows, scale.shape[1])
 
 
-def _require_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
+def require_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
     """Reads the device: one sync."""
     bad = (exponents_of(scale) == E8M0_NAN).nonzero()
     if bad.shape[0] > 0:
@@ -176,7 +176,7 @@ def pack_scales_of(
         capturing = scale.is_cuda and torch.cuda.is_current_stream_capturing()
         readable = _check.has_address(scale) and not capturing
         if validate and scale.dtype == torch.float32 and readable:
-            _require_powers_of_two(op, arg, scale)
+            require_powers_of_two(op, arg, scale)
     return torch.ops.sm120.pack_scales.default(scale, rows, gran_mn)
 
 
