@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--families",
         nargs="+",
         metavar="NAME",
-        help="gemm, quantize, overhead, moe, moe_steps; default: all",
+        help="gemm, quantize, overhead, moe, moe_steps, k_grouped; default: all",
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(

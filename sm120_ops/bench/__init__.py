@@ -31,6 +31,7 @@ FAMILIES = {
     "overhead": "sm120_ops.bench.overhead",
     "moe": "sm120_ops.bench.moe",
     "moe_steps": "sm120_ops.bench.moe_steps",
+    "k_grouped": "sm120_ops.bench.k_grouped",
 }
 
 
