@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -490,3 +491,20 @@ def test_scales_that_are_no_powers_of_two(device: torch.device) -> None:
     )
     assert d[0, 5].isnan().all()
     assert not d[0, :5].isnan().any()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("tn", [False, True])
+def test_small_cases(tn: bool) -> None:
+    """Both layouts at sizes that compute-sanitizer gets through, with sizes out of rule too."""
+    device = torch.device("cuda")
+    forms = {True: ("words", "floats"), False: ("bytes", "words")}
+    for seed, (fmt_a, fmt_b) in enumerate([(FP8, FP8), (FP4, FP8), (FP4, FP4)]):
+        case = draw(seed, small=True)
+        form_a, form_b = forms[seed % 2 == 0]
+        changes = {"tn": tn, "fmt_a": fmt_a, "fmt_b": fmt_b, "form_a": form_a, "form_b": form_b}
+        changes |= {"ks": (160, 0, 32, 288), "m": 70, "n": 34, "spare_k": 0, "padding": 0}
+        check_case(dataclasses.replace(case, **changes), device)
+        a, b = simple(device, tn, fmt_a)
+        ks = torch.tensor([96, 17, -1, 600, 5], dtype=torch.int32, device=device)
+        sm120_ops.k_grouped_gemm(a, b, ks, gran_k_a=32, gran_k_b=32)
