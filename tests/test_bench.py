@@ -16,7 +16,7 @@ import torch
 
 from sm120_ops import bench, device
 from sm120_ops._console import UsageError
-from sm120_ops.bench import gemm, grouped, moe, moe_steps, overhead, peers, quantize
+from sm120_ops.bench import gemm, grouped, k_grouped, moe, moe_steps, overhead, peers, quantize
 from sm120_ops.bench import report as bench_report
 from sm120_ops.bench.ceilings import ATOMS, Ceilings, atom_of
 from sm120_ops.bench.context import Context
@@ -333,3 +333,12 @@ def test_plot_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             json_path=None,
             plot_path=tmp_path / "plot.png",
         )
+
+
+def test_k_grouped_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = k_grouped.Shape(4, 32, 64, 384)
+    assert shape.ks == [256, 384, 512, 384]
+    monkeypatch.setitem(k_grouped.SHAPES, "standard", (shape,))
+    lines = list(k_grouped.run(context))
+    assert len(lines) == 3 * len(k_grouped.FORMATS) + 1
+    assert all(line.us == 10.0 for line in lines), [line.note for line in lines]

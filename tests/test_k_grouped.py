@@ -2,177 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import reference
 import torch
+from k_grouped_cases import (
+    FORMS,
+    check_case,
+    draw,
+    poison_allocator,
+    random_groups,
+    simple,
+    source,
+)
 from reference import FP4, FP8, Operand, ceil_div, random_operand
 
 import sm120_ops
 
 CHUNKS = 10
-DEFAULT_CASES = {"cpu": 60, "cuda": 400}
+DEFAULT_CASES = {"cpu": 60, "cuda": 1500}
 SEED = int(os.environ.get("SM120_OPS_TEST_SEED", "0"))
-FORMS = ("words", "bytes", "e8m0", "floats")
-
-
-@dataclass(frozen=True)
-class Case:
-    seed: int
-    m: int
-    n: int
-    ks: tuple[int, ...]
-    tn: bool
-    fmt_a: str
-    fmt_b: str
-    gran_k_a: int
-    gran_k_b: int
-    form_a: str
-    form_b: str
-    spare_k: int  # that the data holds, and no group uses
-    padding: int  # bytes between the rows of tn data, values between those of scales
-    fp32: bool
-    c: str  # "none", "separate", "out" (in place)
-    margin: tuple[int, int]  # columns left and right of D in its buffer
-
-
-def draw(seed: int, small: bool) -> Case:
-    rng = random.Random(seed)
-    fmt_a, fmt_b = rng.choice((FP8, FP4)), rng.choice((FP8, FP4))
-    step = 16 if fmt_a == fmt_b == FP8 else 32
-    limit = 96 if small else 400
-    m, n = (
-        min(rng.choice([rng.randint(1, 40), rng.randint(1, 400), 128, 129, 256]), limit)
-        for _ in range(2)
-    )
-    groups = rng.choice([1, 2, 3, 5, 8, 8] if small else [1, 2, 3, 5, 8, 31, 33, 64, 128])
-    longest = rng.choice([2 * step, 160, 512, 1024 if groups < 10 else 256])
-    ks = [step * rng.randint(0, longest // step) for _ in range(groups)]
-    ks = [0 if rng.random() < 0.15 else k for k in ks]
-    if rng.random() < 0.3:
-        ks = [k // 128 * 128 for k in ks]
-    return Case(
-        seed=seed,
-        m=m + m % 2,
-        n=n + n % 2 if FP4 in (fmt_a, fmt_b) else n,
-        ks=tuple(ks),
-        tn=rng.random() < 0.5,
-        fmt_a=fmt_a,
-        fmt_b=fmt_b,
-        gran_k_a=rng.choice((32, 128)),
-        gran_k_b=rng.choice((32, 128)),
-        form_a=rng.choice(FORMS),
-        form_b=rng.choice(FORMS),
-        spare_k=step * rng.choice((0, 0, 1, 9)),
-        padding=rng.choice((0, 0, 16, 5)),
-        fp32=rng.random() < 0.5,
-        c=rng.choice(("none", "none", "separate", "out")),
-        margin=rng.choice([(0, 0), (0, 0), (8, 8), (0, 3), (1, 0)]),
-    )
-
-
-def padded_rows(t: torch.Tensor, padding: int, value: int) -> torch.Tensor:
-    """The same matrix with `padding` elements behind each row."""
-    shape = (t.shape[0], t.shape[1] + padding)
-    raw = torch.full(shape, value, dtype=t.dtype, device=t.device)
-    raw[:, : t.shape[1]] = t
-    return raw[:, : t.shape[1]]
-
-
-def source(
-    parts: Sequence[Operand], rows: int, tn: bool, form: str, spare_k: int = 0, padding: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups as the op takes them: their matrices side by side, and NaN where no group is."""
-    fmt, device = parts[0].fmt, parts[0].codes.device
-    if tn:
-        spare = torch.full((spare_k, rows), 0x7F, dtype=torch.uint8, device=device)
-        codes = torch.cat([part.codes.t() for part in parts] + [spare])
-        if fmt == FP4:
-            codes = codes & 15
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
-        data = padded_rows(codes, padding, 0x7F)
-    else:
-        per_byte = 2 if fmt == FP4 else 1
-        spare = torch.full((rows * spare_k // per_byte,), 0x7F, dtype=torch.uint8, device=device)
-        flat = [part.data.contiguous().view(torch.uint8).flatten() for part in parts]
-        data = torch.cat([*flat, spare])
-    if fmt == FP8:
-        data = data.view(torch.float8_e4m3fn)
-    if form == "words":
-        words = [reference.pack_scale_bytes(part.bytes).t() for part in parts]
-        return data, padded_rows(torch.cat(words), padding, -1)
-    scales = torch.cat([part.bytes.t() for part in parts])
-    if form == "floats":
-        return data, padded_rows(reference.UE8M0.to(device)[scales.long()].float(), padding, 1)
-    scales = padded_rows(scales, padding, 0xFF)
-    return data, scales.view(torch.float8_e8m0fnu) if form == "e8m0" else scales
-
-
-def random_groups(
-    rows: int, ks: Sequence[int], fmt: str, gran_k: int, generator: torch.Generator
-) -> list[Operand]:
-    return [random_operand(rows, k, fmt, gran_k, generator) for k in ks]
-
-
-def poison_allocator(device: torch.device) -> None:
-    """What the op allocates next holds 0xFF, a NaN in every format, wherever it does not write."""
-    if device.type == "cuda":
-        sizes = [32 << 20, 1 << 20, 1 << 20, 1 << 16, 1 << 16]
-        blocks = [torch.full((s,), 0xFF, dtype=torch.uint8, device=device) for s in sizes]
-        del blocks
-
-
-def check_case(case: Case, device: torch.device) -> None:
-    generator = torch.Generator(device).manual_seed(case.seed)
-    a = random_groups(case.m, case.ks, case.fmt_a, case.gran_k_a, generator)
-    b = random_groups(case.n, case.ks, case.fmt_b, case.gran_k_b, generator)
-    source_a = source(a, case.m, case.tn, case.form_a, case.spare_k, case.padding)
-    source_b = source(b, case.n, case.tn, case.form_b, case.spare_k, case.padding)
-    dtype = torch.float32 if case.fp32 else torch.bfloat16
-    bits = torch.int32 if case.fp32 else torch.int16
-    left, right = case.margin
-    shape = (len(case.ks), case.m, left + case.n + right)
-
-    def middle(t: torch.Tensor) -> torch.Tensor:
-        return t[..., left : left + case.n]
-
-    before = torch.full(shape, torch.nan, dtype=dtype, device=device)
-    c = None
-    if case.c != "none":
-        values = torch.randn(shape, generator=generator, device=device)
-        c = (values * (1000 if case.fmt_a == FP8 else 30)).to(dtype)
-        if case.c == "out":
-            before = c
-    ks = torch.tensor(case.ks, dtype=torch.int32, device=device)
-    results = []
-    for _ in range(2):
-        buffer = before.clone()
-        out = middle(buffer)
-        poison_allocator(device)
-        sm120_ops.k_grouped_gemm(
-            source_a,
-            source_b,
-            ks,
-            gran_k_a=case.gran_k_a,
-            gran_k_b=case.gran_k_b,
-            c=None if c is None else out if case.c == "out" else middle(c),
-            out=out,
-            validate=True,
-        )
-        results.append(buffer)
-    assert torch.equal(results[0].view(bits), results[1].view(bits)), "two runs differ"
-    got = middle(results[0])
-    for group in range(len(case.ks)):
-        addend = None if c is None else middle(c)[group]
-        reference.assert_gemm_close(got[group], a[group].values, b[group].values, addend)
-    outside = torch.ones(shape[2], dtype=torch.bool, device=device)
-    outside[left : left + case.n] = False
-    kept = results[0][..., outside].view(bits)
-    assert torch.equal(kept, before[..., outside].view(bits)), "wrote outside of D"
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -187,16 +41,6 @@ def test_drawn_cases(device: torch.device, chunk: int) -> None:
 
 
 # ---- Sizes ---------------------------------------------------------------------------------------
-
-
-def simple(
-    device: torch.device, tn: bool, fmt: str = FP8, total: int = 512, gran_k: int = 32
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Operands of 40 and 24 rows with one scale row a K-group, all of one group at first."""
-    generator = torch.Generator(device).manual_seed(5)
-    a = random_operand(40, total, fmt, gran_k, generator)
-    b = random_operand(24, total, fmt, gran_k, generator)
-    return source([a], 40, tn, "bytes"), source([b], 24, tn, "bytes")
 
 
 @pytest.mark.parametrize("tn", [False, True])
@@ -223,6 +67,26 @@ def test_no_rows(device: torch.device, tn: bool, rows: tuple[int, int]) -> None:
     )
     ks = torch.tensor([32, 32], dtype=torch.int32, device=device)
     assert sm120_ops.k_grouped_gemm(a, b, ks, gran_k_a=32, gran_k_b=32).shape == (2, *rows)
+
+
+def test_many_empty_groups(device: torch.device) -> None:
+    """Each CTA has tiles with K, then more without than it looks ahead, then one with K."""
+    used, empty = (300, 3000) if device.type == "cuda" else (3, 30)
+    sizes = [16] * used + [0] * empty + [48] * used
+    generator = torch.Generator(device).manual_seed(5)
+    whole = random_operand(24, sum(sizes), FP8, 32, generator)
+    data = whole.codes.t().contiguous().view(torch.float8_e4m3fn)
+    scale = torch.full((4 * len(sizes), 24), 127, dtype=torch.uint8, device=device)
+    ks = torch.tensor(sizes, dtype=torch.int32, device=device)
+    d = sm120_ops.k_grouped_gemm(
+        (data, scale), (data, scale), ks, gran_k_a=32, gran_k_b=32, out_dtype=torch.float32
+    )
+    values = reference.E4M3.to(device)[whole.codes.long()]
+    for group in (0, used - 1, used + empty, len(sizes) - 1):
+        begin = sum(sizes[:group])
+        part = values[:, begin : begin + sizes[group]]
+        reference.assert_gemm_close(d[group], part, part)
+    assert not d[used : used + empty].any()
 
 
 def effective(ks: Sequence[int], total: int, step: int) -> list[int]:
@@ -262,8 +126,8 @@ def test_sizes_out_of_rule(device: torch.device, tn: bool, fmt: str, ks: list[in
         for sizes in (ks, effective(ks, 512, step))
     ]
     assert torch.equal(run[0].view(torch.int32), run[1].view(torch.int32))
-    with pytest.raises(ValueError, match="at group|up to group"):
-        wrong = torch.tensor(ks, dtype=torch.int32, device=device)
+    wrong = torch.tensor(ks, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"at group|up to group"):
         sm120_ops.k_grouped_gemm(a, b, wrong, gran_k_a=32, gran_k_b=32, validate=True)
 
 
@@ -332,7 +196,7 @@ def test_graph_with_other_sizes(tn: bool, fmts: tuple[str, str]) -> None:
     ]
 
     def call() -> None:
-        sm120_ops.k_grouped_gemm(*pairs, ks, gran_k_a=32, gran_k_b=32, out=out)
+        sm120_ops.k_grouped_gemm(pairs[0], pairs[1], ks, gran_k_a=32, gran_k_b=32, out=out)
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -387,10 +251,10 @@ def test_default_dtypes(device: torch.device) -> None:
     assert sm120_ops.k_grouped_gemm(a, b, ks, out_dtype=torch.float32).dtype == torch.float32
 
 
-Arguments = dict[str, object]
+Arguments = dict[str, Any]
 
 
-def _bad(**changes: Callable[[Arguments], object]) -> dict[str, Callable[[Arguments], object]]:
+def _bad(**changes: Callable[[Arguments], Any]) -> dict[str, Callable[[Arguments], Any]]:
     return changes
 
 
@@ -425,8 +289,8 @@ def test_bad_input(device: torch.device, name: str) -> None:
     (a, sfa), (b, sfb) = simple(device, True)
     ks = torch.tensor([320, 192], dtype=torch.int32, device=device)
     out = torch.full((2, 40, 24), 7.0, device=device)
-    values: Arguments = dict(a=a, sfa=sfa, b=b, sfb=sfb, ks=ks, gran_k_a=32, gran_k_b=32, out=out)
-    values["c"] = None
+    values: Arguments = {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "ks": ks, "out": out}
+    values |= {"gran_k_a": 32, "gran_k_b": 32, "c": None}
     values |= {key: change(values) for key, change in changes.items()}
     pattern = rf"sm120_ops\.k_grouped_gemm: {text}"
     with pytest.raises((ValueError, TypeError), match=pattern):
@@ -451,7 +315,7 @@ def test_overlaps_are_refused(device: torch.device) -> None:
     a, b = simple(device, True)
     ks = torch.tensor([320, 192], dtype=torch.int32, device=device)
     buffer = torch.zeros(3, 40, 24, device=device)
-    with pytest.raises(ValueError, match="memory apart from c|out itself"):
+    with pytest.raises(ValueError, match=r"memory apart from c|out itself"):
         sm120_ops.k_grouped_gemm(a, b, ks, gran_k_a=32, gran_k_b=32, c=buffer[1:], out=buffer[:2])
     inside = a[0].view(torch.uint8).flatten()[: 2 * 40 * 24 * 4].view(torch.float32)
     with pytest.raises(ValueError, match="out: expected memory apart"):
@@ -470,3 +334,23 @@ def test_scales_that_are_no_powers_of_two(device: torch.device) -> None:
     )
     assert d[0, 5].isnan().all()
     assert not d[0, :5].isnan().any()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("tn", [False, True])
+def test_small_cases(tn: bool) -> None:
+    """Both layouts at sizes that compute-sanitizer gets through, with sizes out of rule too."""
+    device = torch.device("cuda")
+    forms = {True: ("words", "floats"), False: ("bytes", "words")}
+    for seed, (fmt_a, fmt_b) in enumerate([(FP8, FP8), (FP4, FP8), (FP4, FP4)]):
+        case = draw(seed, small=True)
+        form_a, form_b = forms[seed % 2 == 0]
+        case = dataclasses.replace(
+            case, tn=tn, fmt_a=fmt_a, fmt_b=fmt_b, form_a=form_a, form_b=form_b
+        )
+        ks = (160, 0, 32, 288)
+        case = dataclasses.replace(case, ks=ks, m=70, n=34, spare_k=0, padding=0)
+        check_case(case, device)
+        a, b = simple(device, tn, fmt_a)
+        wrong = torch.tensor([96, 17, -1, 600, 5], dtype=torch.int32, device=device)
+        sm120_ops.k_grouped_gemm(a, b, wrong, gran_k_a=32, gran_k_b=32)
