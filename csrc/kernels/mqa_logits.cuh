@@ -197,11 +197,16 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
 }
 
 // One warp's share of a segment: the heads of one query box, every key_warps-th group of 16 keys.
+// Warps 2i and 2i + 1 have the halves of a query's heads if H > columns, in every segment: their
+// barrier counts on it.
 struct Share {
+  int box;          // of the segment's
+  int first_group;  // of 16 keys
   int row;          // of the box's first query
   int queries;      // that the box holds, 0 of a warp without work
   KeyRange window;  // lane i: of query i
   int key_shift;    // log2(key_warps)
+  uint32_t slot;    // of the sums that the halves join; changes from one join to the next
 };
 
 template <class T>
@@ -210,13 +215,15 @@ __device__ __forceinline__ uint32_t own_columns(uint32_t base) {
 }
 
 template <class T>
-__device__ __forceinline__ Share take_share(const MqaParams& p, const MqaRing<T>& ring, int row,
-                                            int rows, int boxes) {
+__device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>& ring, int row,
+                                           int rows, int boxes, Share& share) {
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  Share share;
   share.key_shift = 3;
   while (kMqaWarps >> share.key_shift < boxes) --share.key_shift;
-  const int box = warp >> share.key_shift;
+  const int halved = p.heads > T::kColumns ? 1 : 0;  // then there are 2 boxes or more
+  share.first_group = warp >> halved & ((1 << share.key_shift) - 1);
+  const int box = warp >> halved >> share.key_shift << halved | (warp & halved);
+  share.box = box;
   const int first = box * T::kColumns / p.heads;
   share.row = row + first;
   share.queries = max(0, min(rows - first, max(T::kColumns / p.heads, 1)));
@@ -240,28 +247,24 @@ __device__ __forceinline__ Share take_share(const MqaParams& p, const MqaRing<T>
     sts_float(columns + 4 * (T::kColumns + c), __uint_as_float(word));
   }
   __syncwarp();
-  return share;
 }
 
 // H > columns: two warps have the halves of a query's heads. One hands its sums to the other, in
 // two slots by turns, so that one barrier a group is enough.
-template <class T>
-__device__ __forceinline__ bool join_halves(uint32_t base, const Share& share, int key,
-                                            float& sum) {
-  const int warp = threadIdx.x / kWarpSize, box = warp >> share.key_shift, t = lane_id() % 4;
-  const int pair = (box / 2 << share.key_shift) + warp - (box << share.key_shift);
-  const uint32_t slot = base + T::kPartnersAt + pair * 128 +
-                        (key >> (4 + share.key_shift)) % 2 * 64 + 4 * (lane_id() / 4 + 8 * (t % 2));
-  if (box % 2 && t < 2) sts_float(slot, sum);
-  named_barrier(1 + pair, 2 * kWarpSize);
-  if (box % 2 == 0) sum += __uint_as_float(lds32(slot));
-  return box % 2 == 0;
+__device__ __forceinline__ bool join_halves(Share& share, float& sum) {
+  const int warp = threadIdx.x / kWarpSize, t = lane_id() % 4;
+  const uint32_t slot = share.slot + 4 * (lane_id() / 4 + 8 * (t % 2));
+  share.slot ^= 64;
+  if (warp % 2 && t < 2) sts_float(slot, sum);
+  named_barrier(1 + warp / 2, 2 * kWarpSize);
+  if (warp % 2 == 0) sum += __uint_as_float(lds32(slot));
+  return warp % 2 == 0;
 }
 
 // Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
 // copied. Lane 4g + t ends up with the sum of key g + 8 * (t % 2).
 template <class T>
-__device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, const Share& share,
+__device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, Share& share,
                                             const float (&acc)[T::NT][4], int key, bool known,
                                             float factor) {
   const int t = lane_id() % 4;
@@ -292,7 +295,7 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, c
     float value = t % 2 ? sum[j][1] : sum[j][0];
     value += from_lane_xor(t % 2 ? sum[j][0] : sum[j][1], 1);
     value += from_lane_xor(value, 2);
-    if (j == 0 && p.heads > T::kColumns && !join_halves<T>(base, share, key, value)) return;
+    if (j == 0 && p.heads > T::kColumns && !join_halves(share, value)) return;
     const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
     const int own = key + lane_id() / 4 + 8 * (t % 2);
     if (t < 2 && own >= window.begin && own < window.end) {
@@ -305,7 +308,7 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, c
 
 template <class T>
 __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int tile_key,
-                                              int tiles, const Share& share, typename T::Mma& mma) {
+                                              int tiles, Share& share, typename T::Mma& mma) {
   typename T::Mma::Keys keys;
   int group = T::kGroups, next_key = 0;
   bool next_known = false, stage_done = false;
@@ -318,7 +321,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
       mbarrier_wait(ring.full(), ring.at.parity);
       if (tile_key < max_of_warp(share.window.end) &&
           tile_key + kTileKeys > min_of_warp(share.window.begin)) {
-        group = threadIdx.x / kWarpSize & ((1 << share.key_shift) - 1);
+        group = share.first_group;
       } else {
         ring.release();
       }
@@ -350,18 +353,19 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
 template <class T>
 __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring) {
   typename T::Mma mma;
+  Share share;
+  share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
     mbarrier_wait(ring.full(), ring.at.parity);
     const StageInfo info = *ring.info();
     if (info.rows == 0) return;
     const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
-    const Share share = take_share(p, ring, info.row, info.rows, boxes);
-    const int box = threadIdx.x / kWarpSize >> share.key_shift;
+    take_share(p, ring, info.row, info.rows, boxes, share);
 #pragma unroll 1
     for (int first = 0; first < boxes; first += T::kBoxes) {
       mbarrier_wait(ring.full(), ring.at.parity);
-      if (box >= first && box < min(first + T::kBoxes, boxes)) {
-        mma.load_queries(ring.data() + (box - first) * T::kBoxBytes,
+      if (share.box >= first && share.box < min(first + T::kBoxes, boxes)) {
+        mma.load_queries(ring.data() + (share.box - first) * T::kBoxBytes,
                          own_columns<T>(ring.base) + 4 * T::kColumns);
       }
       ring.release();
