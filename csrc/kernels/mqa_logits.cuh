@@ -22,9 +22,13 @@ struct alignas(16) StageInfo {
   int first_key, tiles;
 };
 
-template <Format kFormat, int kDim, int kTiles>
+// kBoxQueries: queries of a box, 1 even if a box is a part of one. A constant, so that the sums
+// over heads are straight-line code.
+template <Format kFormat, int kDim, int kTiles, int kBoxQueries>
 struct MqaTraits {
   static constexpr int NT = kTiles;
+  static constexpr int kQueries = kBoxQueries;
+  static_assert(kTiles % kQueries == 0);
   static constexpr int kColumns = 8 * NT;  // heads of a query box, the share of a math warp
   using Mma = MqaMma<kFormat, kDim, NT>;
   static constexpr bool kFp4 = Mma::kFp4;
@@ -196,6 +200,12 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
   }
 }
 
+// A query's window, and where in `out` the logit of key 0 would be.
+struct Target {
+  KeyRange window;
+  int64_t at;
+};
+
 // One warp's share of a segment: the heads of one query box, every key_warps-th group of 16 keys.
 // Warps 2i and 2i + 1 have the halves of a query's heads if H > columns, in every segment: their
 // barrier counts on it.
@@ -205,9 +215,16 @@ struct Share {
   int row;          // of the box's first query
   int queries;      // that the box holds, 0 of a warp without work
   KeyRange window;  // lane i: of query i
+  Target target;    // of query t / 2, with t the lane's number in its group of four
   int key_shift;    // log2(key_warps)
   uint32_t slot;    // of the sums that the halves join; changes from one join to the next
 };
+
+__device__ __forceinline__ Target target_of(const MqaParams& p, const Share& share, int query) {
+  const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
+  const int64_t row = (share.row + query) * p.out_stride;
+  return {window, p.rows.width > 0 ? row - window.begin : row};
+}
 
 template <class T>
 __device__ __forceinline__ uint32_t own_columns(uint32_t base) {
@@ -230,6 +247,7 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   share.window = {0x7fffffff, 0};
   if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
   if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
+  share.target = target_of(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
   // The columns' weights and scale words; only this warp reads them.
   const uint32_t columns = own_columns<T>(ring.base);
@@ -262,11 +280,13 @@ __device__ __forceinline__ bool join_halves(Share& share, float& sum) {
 }
 
 // Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
-// copied. Lane 4g + t ends up with the sum of key g + 8 * (t % 2).
+// copied. Two queries at a time: lane 4g + t ends up with key g + 8 * (t % 2) of query t / 2 of
+// them.
 template <class T>
 __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, Share& share,
                                             const float (&acc)[T::NT][4], int key, bool known,
                                             float factor) {
+  constexpr int kTilesOfQuery = T::NT / T::kQueries;
   const int t = lane_id() % 4;
   const uint32_t columns = own_columns<T>(base) + 8 * t;
   float sum[T::NT][2];  // keys g and g + 8, of each 8 heads
@@ -280,28 +300,33 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, S
     }
   }
 #pragma unroll
-  for (int step = 1; step < T::NT; step *= 2) {
-    if (p.heads <= 8 * step) break;
+  for (int step = 1; step < kTilesOfQuery; step *= 2) {
 #pragma unroll
     for (int j = 0; j < T::NT; j += 2 * step) {
       sum[j][0] += sum[j + step][0], sum[j][1] += sum[j + step][1];
     }
   }
+  const int own = key + lane_id() / 4 + 8 * (t % 2);
 #pragma unroll
-  for (int j = 0; j < T::NT; ++j) {
-    if (8 * j % p.heads != 0) continue;
-    const int query = 8 * j / p.heads;
-    if (query >= share.queries) break;
-    float value = t % 2 ? sum[j][1] : sum[j][0];
-    value += from_lane_xor(t % 2 ? sum[j][0] : sum[j][1], 1);
-    value += from_lane_xor(value, 2);
-    if (j == 0 && p.heads > T::kColumns && !join_halves(share, value)) return;
-    const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
-    const int own = key + lane_id() / 4 + 8 * (t % 2);
-    if (t < 2 && own >= window.begin && own < window.end) {
-      const int column = p.rows.width > 0 ? own - window.begin : own;
-      store_logit(p, static_cast<int64_t>(share.row + query) * p.out_stride + column,
-                  known ? value * factor : -INFINITY);
+  for (int query = 0; query < T::kQueries; query += 2) {
+    float (&s)[2] = sum[query * kTilesOfQuery];
+    if constexpr (T::kQueries > 1) {
+      float (&other)[2] = sum[(query + 1) * kTilesOfQuery];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[h] = (t < 2 ? s[h] : other[h]) + from_lane_xor(t < 2 ? other[h] : s[h], 2);
+      }
+    }
+    float value = (t % 2 ? s[1] : s[0]) + from_lane_xor(t % 2 ? s[0] : s[1], 1);
+    bool stores = true;
+    if constexpr (T::kQueries == 1) {
+      value += from_lane_xor(value, 2);
+      if (p.heads > T::kColumns && !join_halves(share, value)) return;
+      stores = t < 2;
+    }
+    const Target to = query == 0 ? share.target : target_of(p, share, query + t / 2);
+    if (stores && own >= to.window.begin && own < to.window.end) {
+      store_logit(p, to.at + own, known ? value * factor : -INFINITY);
     }
   }
 }
@@ -429,7 +454,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
-    shrink_registers<40>();
+    shrink_registers<56>();
     if (warp == kMqaWarps) {
       produce_mqa<T>(p, ring, cursors[0], cursors[1]);
     } else if (p.clean) {
@@ -437,7 +462,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
     }
     return;
   }
-  grow_registers<232>();
+  grow_registers<224>();
   consume_mqa<T>(p, ring);
 }
 
