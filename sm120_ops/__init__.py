@@ -16,6 +16,7 @@ from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.hc_prenorm import hc_prenorm
 from .ops.indexer import indexer_topk, mqa_cache_write
+from .ops.k_grouped import k_grouped_gemm
 from .ops.layout import pack_fp4, pack_scales, transpose_fp4, unpack_fp4, unpack_scales
 from .ops.moe import moe_capacity, moe_combine, moe_route
 from .ops.moe_activation import moe_activation
@@ -42,6 +43,7 @@ __all__ = [
     "hc_prenorm",
     "indexer_topk",
     "is_supported",
+    "k_grouped_gemm",
     "moe",
     "moe_activation",
     "moe_capacity",

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--families",
         nargs="+",
         metavar="NAME",
-        help="gemm, quantize, overhead, grouped, moe, moe_steps, mqa; default: all",
+        help="gemm, quantize, overhead, grouped, k_grouped, moe, moe_steps, mqa; default: all",
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(

@@ -131,6 +131,31 @@ for _name, _make, _index, _after in (
     )
 
 
+# ---- k_grouped -----------------------------------------------------------------------------------
+
+
+def k_grouped_inputs(r: Random, rows: int) -> Tensors:
+    """Groups that divide K, which need not use all of it; each begins a new row of scales."""
+    return {
+        "a": r.fp8(K, rows),
+        "sfa": r.powers(K // 32 + EXPERTS, rows),
+        "b": r.fp8(K, N),
+        "sfb": r.powers(K // 32 + EXPERTS, N),
+        "ks": 16 * r.ints(0, K // EXPERTS // 16 + 1, EXPERTS),
+        "c": r.floats(EXPERTS, rows, N),
+    }
+
+
+both(
+    "k_grouped_gemm",
+    k_grouped_inputs,
+    lambda t: (t["a"], t["sfa"], t["b"], t["sfb"], t["ks"], 32, 32),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"],),
+    outputs=lambda r, t: {"out": r.poison(EXPERTS, t["a"].shape[1], N, dtype=torch.float32)},
+)
+
+
 # ---- bf16 ----------------------------------------------------------------------------------------
 
 both(

@@ -21,6 +21,7 @@ from sm120_ops.bench import (
     gemm,
     grouped,
     hc_prenorm,
+    k_grouped,
     moe,
     moe_steps,
     overhead,
@@ -365,3 +366,12 @@ def test_plot_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             json_path=None,
             plot_path=tmp_path / "plot.png",
         )
+
+
+def test_k_grouped_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = k_grouped.Shape(4, 32, 64, 384)
+    assert shape.ks == [256, 384, 512, 384]
+    monkeypatch.setitem(k_grouped.SHAPES, "standard", (shape,))
+    lines = list(k_grouped.run(context))
+    assert len(lines) == 3 * len(k_grouped.FORMATS) + 1
+    assert all(line.us == 10.0 for line in lines), [line.note for line in lines]

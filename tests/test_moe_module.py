@@ -261,7 +261,8 @@ def test_expert_parallel_on_two_gpus(capacity: int | None) -> None:
 def test_example(options: list[str]) -> None:
     script = Path(__file__).resolve().parents[1] / "examples" / "expert_parallel.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    package = Path(sm120_ops.__file__).parents[1]  # the script's own folder is not enough
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)}
     done = subprocess.run(
         [*launch, str(script), *options], capture_output=True, text=True, env=environment
     )

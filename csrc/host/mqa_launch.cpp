@@ -1,5 +1,7 @@
 #include "host/mqa_launch.h"
 
+#include <algorithm>
+
 #include "host/launch.h"
 #include "host/math.h"
 #include "host/tensor_map.h"
@@ -22,8 +24,9 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
   // less.
   const int rows = p.rows.indices != nullptr ? 1 : p.rows.cell_rows;
   const int tiles = (ragged ? p.rows.num_rows : rows) * p.heads > 32 ? 8 : 4;
-  const MqaInstance instance =
-      q.fp4 ? mqa_instance_fp4(q.head_dim, tiles) : mqa_instance_fp8(q.head_dim, tiles);
+  const int queries = std::max(8 * tiles / p.heads, 1);
+  const MqaInstance instance = q.fp4 ? mqa_instance_fp4(q.head_dim, tiles, queries)
+                                     : mqa_instance_fp8(q.head_dim, tiles, queries);
   const int row_bytes = q.fp4 ? q.head_dim / 2 : q.head_dim;
   if (ragged) {
     p.block_kv = kTileKeys;

@@ -100,11 +100,19 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
                 p.cols_gran.per_block ? scale_block / 4 : scale_block,
                 p.cols_grouped ? scale_group : 0);
     ring.scale.advance();
+    scale_bar = 0;
+  };
+  const auto copy_last_scales = [&] {
+    if (scale_bar == 0) return;
+    mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
+    copy_scales();
   };
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+    // Else tiles without K could fill the queue while the last one with K waits for its scales.
+    if (tile.k_begin == tile.k_end) copy_last_scales();
     for (int block = tile.k_begin; block < tile.k_end; ++block) {
       mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
       if (scale_bar) copy_scales();
@@ -119,10 +127,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     }
     mbarrier_arrive(queue.empty());
   }
-  if (scale_bar) {
-    mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-    copy_scales();
-  }
+  copy_last_scales();
   pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 

@@ -36,9 +36,10 @@ struct MqaInstance {
   int smem_bytes = 0;
 };
 
-// tiles: 8-column tiles of a warp, 4 or 8. Empty for a head_dim that is not compiled.
-MqaInstance mqa_instance_fp8(int head_dim, int tiles);
-MqaInstance mqa_instance_fp4(int head_dim, int tiles);
+// tiles: 8-column tiles of a warp, 4 or 8; queries: those that share these columns, 1 where one
+// query has as many or more. Empty for a head_dim that is not compiled.
+MqaInstance mqa_instance_fp8(int head_dim, int tiles, int queries);
+MqaInstance mqa_instance_fp4(int head_dim, int tiles, int queries);
 
 inline constexpr int kMqaThreads = 384;  // 8 math warps + 4 producer warps
 inline constexpr int kMqaWarps = 8;

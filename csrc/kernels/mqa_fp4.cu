@@ -3,8 +3,8 @@
 
 namespace sm120 {
 
-MqaInstance mqa_instance_fp4(int head_dim, int tiles) {
-  return find_mqa_instance<Format::kFp4>(head_dim, tiles);
+MqaInstance mqa_instance_fp4(int head_dim, int tiles, int queries) {
+  return find_mqa_instance<Format::kFp4>(head_dim, tiles, queries);
 }
 
 }  // namespace sm120

@@ -1,23 +1,33 @@
-// Instantiates MQA logits of one format: for every head_dim, with 4 and 8 tiles of columns a warp.
+// Instantiates MQA logits of one format: for every head_dim, with 4 and 8 tiles of columns a warp,
+// and every number of queries that share them.
 #pragma once
 #include "kernels/mqa_logits.cuh"
 
 namespace sm120 {
 
-template <Format kFormat>
-MqaInstance find_mqa_instance(int head_dim, int tiles) {
+template <Format kFormat, int kDim>
+MqaInstance find_mqa_instance(int tiles, int queries) {
   MqaInstance found;
-  const auto offer = [&](auto traits, int dim, int nt) {
+  const auto offer = [&](auto traits) {
     using T = decltype(traits);
-    if (dim == head_dim && nt == tiles) found = {mqa_logits<T>, T::kSmemBytes};
+    if (T::NT == tiles && T::kQueries == queries) found = {mqa_logits<T>, T::kSmemBytes};
   };
-  offer(MqaTraits<kFormat, 128, 8>{}, 128, 8);
-  offer(MqaTraits<kFormat, 128, 4>{}, 128, 4);
-  offer(MqaTraits<kFormat, 64, 8>{}, 64, 8);
-  offer(MqaTraits<kFormat, 64, 4>{}, 64, 4);
-  offer(MqaTraits<kFormat, 32, 8>{}, 32, 8);
-  offer(MqaTraits<kFormat, 32, 4>{}, 32, 4);
+  offer(MqaTraits<kFormat, kDim, 8, 1>{});
+  offer(MqaTraits<kFormat, kDim, 8, 2>{});
+  offer(MqaTraits<kFormat, kDim, 8, 4>{});
+  offer(MqaTraits<kFormat, kDim, 8, 8>{});
+  offer(MqaTraits<kFormat, kDim, 4, 1>{});
+  offer(MqaTraits<kFormat, kDim, 4, 2>{});
+  offer(MqaTraits<kFormat, kDim, 4, 4>{});
   return found;
+}
+
+template <Format kFormat>
+MqaInstance find_mqa_instance(int head_dim, int tiles, int queries) {
+  if (head_dim == 128) return find_mqa_instance<kFormat, 128>(tiles, queries);
+  if (head_dim == 64) return find_mqa_instance<kFormat, 64>(tiles, queries);
+  if (head_dim == 32) return find_mqa_instance<kFormat, 32>(tiles, queries);
+  return {};
 }
 
 }  // namespace sm120

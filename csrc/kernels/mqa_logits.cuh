@@ -22,9 +22,13 @@ struct alignas(16) StageInfo {
   int first_key, tiles;
 };
 
-template <Format kFormat, int kDim, int kTiles>
+// kBoxQueries: queries of a box, 1 even if a box is a part of one. A constant, so that the sums
+// over heads are straight-line code.
+template <Format kFormat, int kDim, int kTiles, int kBoxQueries>
 struct MqaTraits {
   static constexpr int NT = kTiles;
+  static constexpr int kQueries = kBoxQueries;
+  static_assert(kTiles % kQueries == 0);
   static constexpr int kColumns = 8 * NT;  // heads of a query box, the share of a math warp
   using Mma = MqaMma<kFormat, kDim, NT>;
   static constexpr bool kFp4 = Mma::kFp4;
@@ -196,13 +200,31 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
   }
 }
 
+// A query's window, and where in `out` the logit of key 0 would be.
+struct Target {
+  KeyRange window;
+  int64_t at;
+};
+
 // One warp's share of a segment: the heads of one query box, every key_warps-th group of 16 keys.
+// Warps 2i and 2i + 1 have the halves of a query's heads if H > columns, in every segment: their
+// barrier counts on it.
 struct Share {
+  int box;          // of the segment's
+  int first_group;  // of 16 keys
   int row;          // of the box's first query
   int queries;      // that the box holds, 0 of a warp without work
   KeyRange window;  // lane i: of query i
+  Target target;    // of query t / 2, with t the lane's number in its group of four
   int key_shift;    // log2(key_warps)
+  uint32_t slot;    // of the sums that the halves join; changes from one join to the next
 };
+
+__device__ __forceinline__ Target target_of(const MqaParams& p, const Share& share, int query) {
+  const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
+  const int64_t row = (share.row + query) * p.out_stride;
+  return {window, p.rows.width > 0 ? row - window.begin : row};
+}
 
 template <class T>
 __device__ __forceinline__ uint32_t own_columns(uint32_t base) {
@@ -210,19 +232,22 @@ __device__ __forceinline__ uint32_t own_columns(uint32_t base) {
 }
 
 template <class T>
-__device__ __forceinline__ Share take_share(const MqaParams& p, const MqaRing<T>& ring, int row,
-                                            int rows, int boxes) {
+__device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>& ring, int row,
+                                           int rows, int boxes, Share& share) {
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  Share share;
   share.key_shift = 3;
   while (kMqaWarps >> share.key_shift < boxes) --share.key_shift;
-  const int box = warp >> share.key_shift;
+  const int halved = p.heads > T::kColumns ? 1 : 0;  // then there are 2 boxes or more
+  share.first_group = warp >> halved & ((1 << share.key_shift) - 1);
+  const int box = warp >> halved >> share.key_shift << halved | (warp & halved);
+  share.box = box;
   const int first = box * T::kColumns / p.heads;
   share.row = row + first;
   share.queries = max(0, min(rows - first, max(T::kColumns / p.heads, 1)));
   share.window = {0x7fffffff, 0};
   if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
   if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
+  share.target = target_of(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
   // The columns' weights and scale words; only this warp reads them.
   const uint32_t columns = own_columns<T>(ring.base);
@@ -240,30 +265,28 @@ __device__ __forceinline__ Share take_share(const MqaParams& p, const MqaRing<T>
     sts_float(columns + 4 * (T::kColumns + c), __uint_as_float(word));
   }
   __syncwarp();
-  return share;
 }
 
 // H > columns: two warps have the halves of a query's heads. One hands its sums to the other, in
 // two slots by turns, so that one barrier a group is enough.
-template <class T>
-__device__ __forceinline__ bool join_halves(uint32_t base, const Share& share, int key,
-                                            float& sum) {
-  const int warp = threadIdx.x / kWarpSize, box = warp >> share.key_shift, t = lane_id() % 4;
-  const int pair = (box / 2 << share.key_shift) + warp - (box << share.key_shift);
-  const uint32_t slot = base + T::kPartnersAt + pair * 128 +
-                        (key >> (4 + share.key_shift)) % 2 * 64 + 4 * (lane_id() / 4 + 8 * (t % 2));
-  if (box % 2 && t < 2) sts_float(slot, sum);
-  named_barrier(1 + pair, 2 * kWarpSize);
-  if (box % 2 == 0) sum += __uint_as_float(lds32(slot));
-  return box % 2 == 0;
+__device__ __forceinline__ bool join_halves(Share& share, float& sum) {
+  const int warp = threadIdx.x / kWarpSize, t = lane_id() % 4;
+  const uint32_t slot = share.slot + 4 * (lane_id() / 4 + 8 * (t % 2));
+  share.slot ^= 64;
+  if (warp % 2 && t < 2) sts_float(slot, sum);
+  named_barrier(1 + warp / 2, 2 * kWarpSize);
+  if (warp % 2 == 0) sum += __uint_as_float(lds32(slot));
+  return warp % 2 == 0;
 }
 
 // Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
-// copied. Lane 4g + t ends up with the sum of key g + 8 * (t % 2).
+// copied. Two queries at a time: lane 4g + t ends up with key g + 8 * (t % 2) of query t / 2 of
+// them.
 template <class T>
-__device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, const Share& share,
+__device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, Share& share,
                                             const float (&acc)[T::NT][4], int key, bool known,
                                             float factor) {
+  constexpr int kTilesOfQuery = T::NT / T::kQueries;
   const int t = lane_id() % 4;
   const uint32_t columns = own_columns<T>(base) + 8 * t;
   float sum[T::NT][2];  // keys g and g + 8, of each 8 heads
@@ -277,35 +300,40 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, c
     }
   }
 #pragma unroll
-  for (int step = 1; step < T::NT; step *= 2) {
-    if (p.heads <= 8 * step) break;
+  for (int step = 1; step < kTilesOfQuery; step *= 2) {
 #pragma unroll
     for (int j = 0; j < T::NT; j += 2 * step) {
       sum[j][0] += sum[j + step][0], sum[j][1] += sum[j + step][1];
     }
   }
+  const int own = key + lane_id() / 4 + 8 * (t % 2);
 #pragma unroll
-  for (int j = 0; j < T::NT; ++j) {
-    if (8 * j % p.heads != 0) continue;
-    const int query = 8 * j / p.heads;
-    if (query >= share.queries) break;
-    float value = t % 2 ? sum[j][1] : sum[j][0];
-    value += from_lane_xor(t % 2 ? sum[j][0] : sum[j][1], 1);
-    value += from_lane_xor(value, 2);
-    if (j == 0 && p.heads > T::kColumns && !join_halves<T>(base, share, key, value)) return;
-    const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
-    const int own = key + lane_id() / 4 + 8 * (t % 2);
-    if (t < 2 && own >= window.begin && own < window.end) {
-      const int column = p.rows.width > 0 ? own - window.begin : own;
-      store_logit(p, static_cast<int64_t>(share.row + query) * p.out_stride + column,
-                  known ? value * factor : -INFINITY);
+  for (int query = 0; query < T::kQueries; query += 2) {
+    float (&s)[2] = sum[query * kTilesOfQuery];
+    if constexpr (T::kQueries > 1) {
+      float (&other)[2] = sum[(query + 1) * kTilesOfQuery];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[h] = (t < 2 ? s[h] : other[h]) + from_lane_xor(t < 2 ? other[h] : s[h], 2);
+      }
+    }
+    float value = (t % 2 ? s[1] : s[0]) + from_lane_xor(t % 2 ? s[0] : s[1], 1);
+    bool stores = true;
+    if constexpr (T::kQueries == 1) {
+      value += from_lane_xor(value, 2);
+      if (p.heads > T::kColumns && !join_halves(share, value)) return;
+      stores = t < 2;
+    }
+    const Target to = query == 0 ? share.target : target_of(p, share, query + t / 2);
+    if (stores && own >= to.window.begin && own < to.window.end) {
+      store_logit(p, to.at + own, known ? value * factor : -INFINITY);
     }
   }
 }
 
 template <class T>
 __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int tile_key,
-                                              int tiles, const Share& share, typename T::Mma& mma) {
+                                              int tiles, Share& share, typename T::Mma& mma) {
   typename T::Mma::Keys keys;
   int group = T::kGroups, next_key = 0;
   bool next_known = false, stage_done = false;
@@ -318,7 +346,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
       mbarrier_wait(ring.full(), ring.at.parity);
       if (tile_key < max_of_warp(share.window.end) &&
           tile_key + kTileKeys > min_of_warp(share.window.begin)) {
-        group = threadIdx.x / kWarpSize & ((1 << share.key_shift) - 1);
+        group = share.first_group;
       } else {
         ring.release();
       }
@@ -350,18 +378,19 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
 template <class T>
 __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring) {
   typename T::Mma mma;
+  Share share;
+  share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
     mbarrier_wait(ring.full(), ring.at.parity);
     const StageInfo info = *ring.info();
     if (info.rows == 0) return;
     const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
-    const Share share = take_share(p, ring, info.row, info.rows, boxes);
-    const int box = threadIdx.x / kWarpSize >> share.key_shift;
+    take_share(p, ring, info.row, info.rows, boxes, share);
 #pragma unroll 1
     for (int first = 0; first < boxes; first += T::kBoxes) {
       mbarrier_wait(ring.full(), ring.at.parity);
-      if (box >= first && box < min(first + T::kBoxes, boxes)) {
-        mma.load_queries(ring.data() + (box - first) * T::kBoxBytes,
+      if (share.box >= first && share.box < min(first + T::kBoxes, boxes)) {
+        mma.load_queries(ring.data() + (share.box - first) * T::kBoxBytes,
                          own_columns<T>(ring.base) + 4 * T::kColumns);
       }
       ring.release();
@@ -425,7 +454,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
-    shrink_registers<40>();
+    shrink_registers<56>();
     if (warp == kMqaWarps) {
       produce_mqa<T>(p, ring, cursors[0], cursors[1]);
     } else if (p.clean) {
@@ -433,7 +462,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
     }
     return;
   }
-  grow_registers<232>();
+  grow_registers<224>();
   consume_mqa<T>(p, ring);
 }
 

@@ -80,21 +80,26 @@ template <int kWarps>
 __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int first, int last,
                                              Cursor* out, int64_t (&sums)[kWarps]) {
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  // Each warp takes a contiguous part of the cells, 32 at a time.
-  const int part = (r.cells / (kWarps * kWarpSize) + 1) * kWarpSize;
-  const int begin = min(warp * part, r.cells), end = min(begin + part, r.cells);
+  const auto tiles_at = [&](int cell) { return tiles_of(cell_keys<8>(r, cell_at(r, cell))); };
+  // Each thread takes a contiguous part of the cells.
+  const uint32_t part = r.cells / (kWarps * kWarpSize) + 1;
+  const int begin = min(threadIdx.x * part, static_cast<uint32_t>(r.cells));
+  const int end = min(begin + part, static_cast<uint32_t>(r.cells));
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin + lane; cell < end; cell += kWarpSize) {
-    sum += tiles_of(cell_keys<8>(r, cell_at(r, cell)));
-  }
+  for (int cell = begin; cell < end; ++cell) sum += tiles_at(cell);
+  int64_t upto = sum;
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) sum += from_lane_xor(sum, d);
-  if (lane == 0) sums[warp] = sum;
+  for (int d = 1; d < kWarpSize; d *= 2) {
+    const int64_t below = from_lane_below(upto, d);
+    if (lane >= d) upto += below;
+  }
+  if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
-  int64_t before = 0, total = 0;
+  int64_t total = 0, before = upto - sum;
+#pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = total;
+    if (w == warp) before += total;
     total += sums[w];
   }
   const auto unit = [&](int c) { return c * total / ctas; };
@@ -103,27 +108,19 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kWarps * kWarpSize) {
     if (unit(c) == total) out[c - first] = {r.cells, 0};
   }
-  if (sum == 0 || unit(last) < before || unit(first) >= before + sum) return;
+  if (sum == 0) return;
+  int c = first;
+  // The first range that does not start before this part does; of a few ranges, by trying.
+  if (last - first > 2) c = max(c, static_cast<int>((before * ctas + total - 1) / total));
+  int cell = begin;
 #pragma unroll 1
-  for (int base = begin; base < end; base += kWarpSize) {
-    const int cell = base + lane;
-    const int tiles = cell < end ? tiles_of(cell_keys<8>(r, cell_at(r, cell))) : 0;
-    int64_t upto = tiles;  // inclusive prefix over the warp
-#pragma unroll
-    for (int d = 1; d < kWarpSize; d *= 2) {
-      const int64_t below = from_lane_below(upto, d);
-      if (lane >= d) upto += below;
-    }
-    const int64_t stop = before + upto, start = stop - tiles;
-    if (tiles > 0 && unit(last) >= start && unit(first) < stop) {
-      // The first range that does not start before this cell does.
-      int c = max(first, static_cast<int>((start * ctas + total - 1) / total));
-#pragma unroll 1
-      for (; c <= last && unit(c) < stop; ++c) {
-        out[c - first] = {cell, static_cast<int>(unit(c) - start)};
-      }
-    }
-    before += from_lane(upto, kWarpSize - 1);
+  for (; c <= last; ++c) {
+    const int64_t start = unit(c);
+    if (start >= before + sum) break;
+    if (start < before) continue;
+    for (int tiles; start >= before + (tiles = tiles_at(cell)); ++cell)
+      before += tiles, sum -= tiles;
+    out[c - first] = {cell, static_cast<int>(start - before)};
   }
 }
 

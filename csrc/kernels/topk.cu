@@ -4,7 +4,9 @@
 // and 10 more among those that share the k-th key's bits, give the k-th key exactly; a last pass
 // writes the columns of all greater keys, and of equal ones as many as are missing, in column
 // order. When the keys that share the first 12 bits fit shared memory, they are gathered there
-// first, so that a row is read three times. Nothing depends on the order in which threads run.
+// first, so that a row is read three times. Of a long row a sample tells about where the k-th key
+// is; if the keys from there on are k or more and fit shared memory, the histograms need only them,
+// and the row is read twice. Nothing depends on the order in which threads run.
 #include <cuda_bf16.h>
 
 #include "device/barrier.cuh"
@@ -19,6 +21,8 @@ constexpr int kThreads = 1024, kWarps = kThreads / kWarpSize;
 constexpr int kBins = 4096;
 constexpr int kGathered = 6144;  // keys that fit shared memory
 constexpr int kValues = 4;       // consecutive columns a thread loads
+constexpr int kChunk = kValues * kThreads;
+constexpr int kSample = 16;  // of a long row's chunks, every 16th is looked at first
 
 struct Shared {
   uint32_t bins[kBins];
@@ -62,12 +66,14 @@ struct Row {
       key[i] = c >= start && c < end ? key_of(static_cast<float>(logits[c])) : 0;
     }
   }
-  // f(key) for all keys of the window, in no order.
-  template <typename F>
+  // f(key) for all keys of the window, in no order; or for those of every kStep-th chunk.
+  template <int kStep = 1, typename F>
   __device__ __forceinline__ void each(F&& f) const {
-    for (int column = first() + kValues * threadIdx.x; column < end; column += kValues * kThreads) {
+    constexpr int kStride = kStep * kChunk;
+#pragma unroll(kStep == 1 ? 4 : 1)
+    for (int64_t column = first() + kValues * threadIdx.x; column < end; column += kStride) {
       uint32_t key[kValues];
-      load(key, column);
+      load(key, static_cast<int>(column));
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         if (key[i] != 0) f(key[i]);
@@ -124,34 +130,59 @@ struct Threshold {
   uint32_t ties;  // and so many equal ones, by lower column
 };
 
+__device__ __forceinline__ void append(Shared& s, uint32_t key) {
+  const uint32_t place = atomicAdd(&s.count, 1);
+  if (place < kGathered) s.gathered[place] = key;
+}
+
+// Gathers a long row's greatest keys, by a guess from a sample of where they begin. Gives how many,
+// at least k; 0 where the guess was bad.
+template <typename T>
+__device__ __forceinline__ uint32_t gather_greatest(Shared& s, const Row<T>& row, uint32_t k) {
+  if (row.end - row.start < kSample * kChunk) return 0;
+  if (threadIdx.x == 0) s.count = 0;
+  clear_bins(s, kBins);
+  row.template each<kSample>([&](uint32_t key) { atomicAdd(&s.bins[key >> 20], 1); });
+  __syncthreads();
+  search_bins(s, kBins, k / kSample + k / 64 + 32);
+  const uint32_t from = s.bin << 20;
+  row.each([&](uint32_t key) {
+    if (key >= from) append(s, key);
+  });
+  __syncthreads();
+  return s.count >= k && s.count <= kGathered ? s.count : 0;
+}
+
 template <typename T>
 __device__ __forceinline__ Threshold find_threshold(Shared& s, const Row<T>& row, uint32_t k) {
   if (static_cast<uint32_t>(row.end - row.start) <= k) return {0, 0};
+  uint32_t gathered = gather_greatest(s, row, k);
+  // f(key) for all keys that may be the k-th
+  const auto each = [&](auto&& f) {
+    if (gathered == 0) return row.each(f);
+    for (uint32_t i = threadIdx.x; i < gathered; i += kThreads) f(s.gathered[i]);
+  };
   clear_bins(s, kBins);
-  row.each([&](uint32_t key) { atomicAdd(&s.bins[key >> 20], 1); });
+  each([&](uint32_t key) { atomicAdd(&s.bins[key >> 20], 1); });
   __syncthreads();
   search_bins(s, kBins, k);
   uint32_t prefix = s.bin, wanted = k - s.above;
   if (s.inside == wanted) return {(prefix << 20) - 1, 0};
-  const bool gather = s.inside <= kGathered;
-  const uint32_t gathered = s.inside;
-  if (gather) {
+  if (gathered == 0 && s.inside <= kGathered) {
+    const uint32_t inside = s.inside;
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
     row.each([&](uint32_t key) {
-      if (key >> 20 == prefix) s.gathered[atomicAdd(&s.count, 1)] = key;
+      if (key >> 20 == prefix) append(s, key);
     });
+    gathered = inside;
   }
   for (int shift = 10; shift >= 0; shift -= 10) {
     clear_bins(s, 1024);
     const auto count = [&](uint32_t key) {
       if (key >> (shift + 10) == prefix) atomicAdd(&s.bins[key >> shift & 1023], 1);
     };
-    if (gather) {
-      for (uint32_t i = threadIdx.x; i < gathered; i += kThreads) count(s.gathered[i]);
-    } else {
-      row.each(count);
-    }
+    each(count);
     __syncthreads();
     search_bins(s, 1024, wanted);
     prefix = prefix << 10 | s.bin;
@@ -162,7 +193,7 @@ __device__ __forceinline__ Threshold find_threshold(Shared& s, const Row<T>& row
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) indexer_topk(TopkArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) indexer_topk(TopkArgs args) {
   __shared__ Shared s;
   const int64_t index = blockIdx.x;
   Row<T> row;
@@ -187,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) indexer_topk(TopkArgs args) {
 
   uint32_t greater = 0, equal = 0;  // in the chunks before, of the low and the high half
   int turn = 0;
-  for (int chunk = row.first(); chunk < row.end; chunk += kValues * kThreads) {
+  for (int chunk = row.first(); chunk < row.end; chunk += kChunk) {
     const int column = chunk + kValues * static_cast<int>(threadIdx.x);
     uint32_t key[kValues] = {}, own = 0, total;
     if (column < row.end) row.load(key, column);

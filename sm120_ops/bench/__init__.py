@@ -35,6 +35,7 @@ FAMILIES = {
     "moe_steps": "sm120_ops.bench.moe_steps",
     "mqa": "sm120_ops.bench.mqa",
     "grouped": "sm120_ops.bench.grouped",
+    "k_grouped": "sm120_ops.bench.k_grouped",
 }
 
 

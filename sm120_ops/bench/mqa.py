@@ -251,9 +251,10 @@ def _other_lines(context: Context) -> Iterator[Line]:
             )
             if line.us and peer.us:
                 line.note = f"{peer.us / line.us:.1f} x torch.topk"
-                line.mark = Mark("relative", ">=", 5, "x torch.topk", gpu="H200")
                 line.relative = peer.us / line.us
-                context.judge(line)
+                if rows == 4096:
+                    line.mark = _mark("relative", ">=", 5, "x torch.topk")
+                    context.judge(line)
             yield line
             yield peer
         else:
