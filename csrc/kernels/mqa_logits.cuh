@@ -385,6 +385,9 @@ __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring)
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
+// Together what a CTA gets at its launch. The f16 queries of the emulated target need them most.
+constexpr int kMathRegisters = kNative ? 224 : 232, kOtherRegisters = kNative ? 56 : 40;
+
 template <class T>
 __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_constant__ MqaParams p) {
   extern __shared__ __align__(1024) uint8_t smem[];
@@ -412,7 +415,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
-    shrink_registers<56>();
+    shrink_registers<kOtherRegisters>();
     if (warp == kMqaWarps) {
       produce_mqa<T>(p, ring, cursors[0], cursors[1]);
     } else if (p.clean) {
@@ -420,7 +423,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
     }
     return;
   }
-  grow_registers<224>();
+  grow_registers<kMathRegisters>();
   consume_mqa<T>(p, ring);
 }
 
