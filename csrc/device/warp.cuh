@@ -15,20 +15,6 @@ __device__ __forceinline__ uint32_t max_across(uint32_t value, int lane_mask) {
   return max(value, __shfl_xor_sync(0xffffffff, value, lane_mask));
 }
 
-__device__ __forceinline__ int shuffle(int value, int lane) {
-  return __shfl_sync(0xffffffff, value, lane);
-}
-
-// The value of the lane `delta` below, or the own one where there is none.
-__device__ __forceinline__ int shuffle_up(int value, int delta) {
-  return __shfl_up_sync(0xffffffff, value, delta);
-}
-
-// Bit l: lane l's predicate. PTX ISA "vote.sync".
-__device__ __forceinline__ uint32_t ballot(bool predicate) {
-  return __ballot_sync(0xffffffff, predicate);
-}
-
 // Positions of the lowest and the highest set bit; -1 if there is none.
 __device__ __forceinline__ int lowest_bit(uint32_t bits) {
   return __ffs(bits) - 1;

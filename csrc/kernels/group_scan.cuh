@@ -48,13 +48,13 @@ class GroupScan {
     const uint32_t later = run_starts_ & ~up_to;
     const int last = later ? lowest_bit(later) - 1 : 31;
     const int before = tiles_before(first);
-    const int count = shuffle(tiles_to_here_, last) - before;
+    const int count = from_lane(tiles_to_here_, last) - before;
     int tile;
     place(inside - before * weight_tiles_, count, weight_tiles_, tile, at.weight_tile);
     const int lane = lane_of(before + tile);
-    at.group = shuffle(group_, lane);
-    at.token = shuffle(row_, lane) + (before + tile - tiles_before(lane)) * p_.groups.step;
-    at.token_end = min(shuffle(end_, lane), at.token + p_.groups.step);
+    at.group = from_lane(group_, lane);
+    at.token = from_lane(row_, lane) + (before + tile - tiles_before(lane)) * p_.groups.step;
+    at.token_end = min(from_lane(end_, lane), at.token + p_.groups.step);
     return true;
   }
 
@@ -89,7 +89,7 @@ class GroupScan {
       found = kSteps;
 #pragma unroll
       for (int s = kSteps - 1; s >= 0; --s) {
-        if (ballot(any[s])) found = s;
+        if (lanes_where(any[s])) found = s;
       }
       next_item_ += 32 * found;
     } while (found == kSteps && next_item_ < items());
@@ -97,15 +97,15 @@ class GroupScan {
 
     load_item(next_item_ + lane_id());
     next_item_ += 32;
-    const int before = shuffle_up(group_, 1);
-    run_starts_ = ballot(lane_id() == 0 || group_ != before);
+    const int before = from_lane_below(group_, 1);
+    run_starts_ = lanes_where(lane_id() == 0 || group_ != before);
     tiles_to_here_ = (max(end_ - row_, 0) + p_.groups.step - 1) / p_.groups.step;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {
-      const int below = shuffle_up(tiles_to_here_, delta);
+      const int below = from_lane_below(tiles_to_here_, delta);
       if (lane_id() >= delta) tiles_to_here_ += below;
     }
-    token_tiles_ = shuffle(tiles_to_here_, 31);
+    token_tiles_ = from_lane(tiles_to_here_, 31);
     return true;
   }
 
@@ -125,12 +125,12 @@ class GroupScan {
       int furthest = end_;  // end of all groups up to this one: bad ends may decrease
 #pragma unroll
       for (int delta = 1; delta < 32; delta *= 2) {
-        furthest = max(furthest, shuffle_up(furthest, delta));
+        furthest = max(furthest, from_lane_below(furthest, delta));
       }
-      const int below = shuffle_up(furthest, 1);
+      const int below = from_lane_below(furthest, 1);
       row_ = lane_id() > 0 ? max(below, furthest_) : furthest_;
       row_ = (row_ + g.alignment - 1) / g.alignment * g.alignment;
-      furthest_ = max(furthest_, shuffle(furthest, 31));
+      furthest_ = max(furthest_, from_lane(furthest, 31));
     }
   }
 
@@ -160,10 +160,10 @@ class GroupScan {
   }
 
   __device__ __forceinline__ int lane_of(int token_tile) const {
-    return lowest_bit(ballot(tiles_to_here_ > token_tile));
+    return lowest_bit(lanes_where(tiles_to_here_ > token_tile));
   }
   __device__ __forceinline__ int tiles_before(int lane) const {
-    const int tiles = shuffle(tiles_to_here_, max(lane - 1, 0));
+    const int tiles = from_lane(tiles_to_here_, max(lane - 1, 0));
     return lane > 0 ? tiles : 0;
   }
 

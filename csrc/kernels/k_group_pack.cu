@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t bounded_sum(uint32_t value, uint32_t start, 
   value = min(value, most);
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const uint32_t below = shuffle_up(value, distance);
+    const uint32_t below = from_lane_below(value, distance);
     if (lane >= distance) value = min(value + below, most);
   }
   return min(value + start, most);
@@ -56,7 +56,7 @@ __device__ void find_piece(const KGroupPack& p, const KGroupOperand& x, int bloc
     int k = group < p.groups ? max(p.ks[group], 0) : 0;
     k -= k % p.step;
     const uint32_t k_end = bounded_sum(k, k_before, p.total_k);
-    const int below = shuffle_up(k_end, 1);
+    const int below = from_lane_below(k_end, 1);
     const int k_begin = lane == 0 ? k_before : below;
     k = k_end - k_begin;
     const int blocks = tiles(k, kBlockK), scale_rows = tiles(k, k_per_scale_row);
@@ -66,10 +66,10 @@ __device__ void find_piece(const KGroupPack& p, const KGroupOperand& x, int bloc
     const int inside = block - static_cast<int>(block_end - blocks);
     const bool here = inside >= 0 && inside < blocks;
     if (here) piece = {k_begin, k, inside, scale_row_end - scale_rows};
-    found |= ballot(here) != 0;
-    k_before = shuffle(k_end, kWarpSize - 1);
-    blocks_before = shuffle(block_end, kWarpSize - 1);
-    scale_rows_before = shuffle(scale_row_end, kWarpSize - 1);
+    found |= lanes_where(here) != 0;
+    k_before = from_lane(k_end, kWarpSize - 1);
+    blocks_before = from_lane(block_end, kWarpSize - 1);
+    scale_rows_before = from_lane(scale_row_end, kWarpSize - 1);
   }
   if (!found && lane == 0) piece = {0, 0, 0, 0};
 }

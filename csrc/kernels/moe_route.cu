@@ -49,7 +49,7 @@ __device__ __forceinline__ void place_groups(const MoeRouteArgs& args, Shared& s
   if (lane == kWarpSize - 1) s.warp_sums[warp] = up_to;
   __syncthreads();
   const uint32_t below = inclusive_sum(lane < warp ? s.warp_sums[lane] : 0);
-  const uint32_t start = __shfl_sync(0xffffffff, below, kWarpSize - 1) + up_to - aligned;
+  const uint32_t start = from_lane(below, kWarpSize - 1) + up_to - aligned;
   s.before[thread] += start;
   if (blockIdx.x == 0 && thread < args.experts) {
     args.group_ends[thread] = static_cast<int32_t>(start + count);

@@ -4,17 +4,17 @@
 
 namespace sm120 {
 
-inline int shuffle(int value, int from) {
+inline int from_lane(int value, int from) {
   simulated::check(from >= 0 && from < 32, "shuffle from lane %d", from);
   return simulated::exchange(value)[from];
 }
 
-inline int shuffle_up(int value, int delta) {
+inline int from_lane_below(int value, int delta) {
   const auto all = simulated::exchange(value);
   return all[simulated::lane < delta ? simulated::lane : simulated::lane - delta];
 }
 
-inline uint32_t ballot(bool predicate) {
+inline uint32_t lanes_where(bool predicate) {
   const auto all = simulated::exchange(predicate);
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
