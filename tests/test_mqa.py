@@ -120,7 +120,8 @@ def test_drawn_cases(device: torch.device, chunk: int) -> None:
         try:
             draw(seed, device)
         except Exception as error:
-            raise AssertionError(f"{draw.__name__}({seed}): {error}") from error
+            text = " ".join(str(error).split())
+            raise AssertionError(f"{draw.__name__}({seed}): {text}") from error
 
 
 @pytest.mark.parametrize("fmt", [FP8, FP4])

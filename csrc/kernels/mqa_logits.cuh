@@ -6,12 +6,10 @@
 // the math warps keep in registers, and then the keys, 128 a stage. The math warps share a segment
 // out as query boxes (8 * NT heads of columns) times interleaved groups of 16 keys.
 #pragma once
-#include <cuda_bf16.h>
-
 #include "device/launch.cuh"
 #include "device/mqa_mma.cuh"
 #include "device/tma.cuh"
-#include "kernels/mqa_schedule.cuh"
+#include "kernels/mqa_fill.cuh"
 
 namespace sm120 {
 
@@ -191,20 +189,6 @@ __device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring,
 }
 
 // ---- Consumer: eight warps ---------------------------------------------------------------------
-
-__device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, float value) {
-  if (p.bf16) {
-    static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(value);
-  } else {
-    static_cast<float*>(p.out)[at] = value;
-  }
-}
-
-// A query's window, and where in `out` the logit of key 0 would be.
-struct Target {
-  KeyRange window;
-  int64_t at;
-};
 
 // One warp's share of a segment: the heads of one query box, every key_warps-th group of 16 keys.
 // Warps 2i and 2i + 1 have the halves of a query's heads if H > columns, in every segment: their
@@ -399,33 +383,10 @@ __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring)
   }
 }
 
-// ---- Fill: three warps -------------------------------------------------------------------------
-
-// Writes -inf outside the windows of all rows, in pieces that the grid's fill warps share out.
-__device__ __forceinline__ void fill_outside(const MqaParams& p, int warp, int warps) {
-  constexpr int kPiece = 4096;
-  const uint32_t pieces = (p.columns + kPiece - 1) / kPiece;
-  const uint32_t total = p.rows.num_rows * pieces;  // below 2^31: the logits would not fit else
-  for (uint32_t i = blockIdx.x * warps + warp; i < total; i += gridDim.x * warps) {
-    const int row = i / pieces;
-    const int begin = static_cast<int>(i - row * pieces) * kPiece;
-    const int end = min(begin + kPiece, p.columns);
-    KeyRange window = row_keys(p.rows, row);
-    if (p.rows.width > 0) window = {0, window.end - window.begin};
-    if (window.begin >= window.end) window = {end, end};
-    const int64_t at = static_cast<int64_t>(row) * p.out_stride;
-#pragma unroll 1
-    for (int c = begin + lane_id(); c < min(end, window.begin); c += kWarpSize) {
-      store_logit(p, at + c, -INFINITY);
-    }
-#pragma unroll 1
-    for (int c = max(begin, window.end) + lane_id(); c < end; c += kWarpSize) {
-      store_logit(p, at + c, -INFINITY);
-    }
-  }
-}
-
 // ---- Kernel ------------------------------------------------------------------------------------
+
+// Together what a CTA gets at its launch. The f16 queries of the emulated target need them most.
+constexpr int kMathRegisters = kNative ? 224 : 232, kOtherRegisters = kNative ? 56 : 40;
 
 template <class T>
 __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_constant__ MqaParams p) {
@@ -454,7 +415,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
 
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
-    shrink_registers<56>();
+    shrink_registers<kOtherRegisters>();
     if (warp == kMqaWarps) {
       produce_mqa<T>(p, ring, cursors[0], cursors[1]);
     } else if (p.clean) {
@@ -462,7 +423,7 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
     }
     return;
   }
-  grow_registers<224>();
+  grow_registers<kMathRegisters>();
   consume_mqa<T>(p, ring);
 }
 
