@@ -1,5 +1,6 @@
 #include "host/bf16_launch.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "host/launch.h"
@@ -15,8 +16,11 @@ GemmInstance find_instance(const Bf16Operand& rows, const Bf16Operand& cols, int
 }
 
 CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k, int box_bytes) {
-  if (x.mn_major) return operand_map(x.data, k, 2 * x.rows, x.stride, block_k, box_bytes);
-  return operand_map(x.data, x.rows, 2 * k, x.stride, tile_rows, box_bytes);
+  const int64_t group_stride = x.groups > 1 ? x.group_stride : 16;
+  if (x.mn_major) {
+    return operand_map(x.data, x.groups, k, 2 * x.rows, group_stride, x.stride, block_k, box_bytes);
+  }
+  return operand_map(x.data, x.groups, x.rows, 2 * k, group_stride, x.stride, tile_rows, box_bytes);
 }
 
 }  // namespace
@@ -27,11 +31,11 @@ int64_t bf16_workspace_bytes(const Bf16Config& config) {
   return 2ll * config.grid * tile.rows * tile.cols * 4;
 }
 
-cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Operand& a, const Bf16Operand& b,
-                             int64_t k, const GemmOutput& out, void* workspace,
+cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,
                              cudaStream_t stream) {
-  const Bf16Operand& rows = config.swapped ? b : a;
-  const Bf16Operand& cols = config.swapped ? a : b;
+  const Bf16Operand& rows = config.swapped ? problem.b : problem.a;
+  const Bf16Operand& cols = config.swapped ? problem.a : problem.b;
+  const int64_t k = problem.k;
   const Bf16Tile& tile = kBf16Tiles[config.tile];
   const GemmInstance instance = find_instance(rows, cols, config.tile);
   GemmParams p;
@@ -40,7 +44,12 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Operand& a, con
     p.rows = data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes);
     p.cols = data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes);
   }
-  p.out = out;
+  p.out = problem.out;
+  p.groups = problem.groups;
+  p.groups.step = config.swapped ? tile.cols : tile.rows;
+  if (problem.schedule == Schedule::kSegments) {
+    p.groups.step = std::min(p.groups.step, p.groups.alignment);
+  }
   p.workspace = static_cast<float*>(workspace);
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
@@ -48,8 +57,10 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Operand& a, con
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, tile.block_k));
   if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  p.rows_grouped = rows.groups > 1;
+  p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
-  p.schedule = config.split ? Schedule::kSplit : Schedule::kTiles;
+  p.schedule = config.split ? Schedule::kSplit : problem.schedule;
   return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
                        config.split, stream, p);
 }

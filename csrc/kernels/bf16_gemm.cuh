@@ -83,13 +83,13 @@ struct Bf16Ring {
 // One operand's tile of one K-block.
 template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int block, int row) {
+                                             int block, int row, int group) {
   if constexpr (kMajor == Major::kK) {
-    tma_load_2d(dst, map, full, block * 2 * kBlockK, row);
+    tma_load_3d(dst, map, full, block * 2 * kBlockK, row, group);
   } else {
 #pragma unroll
     for (int first = 0; first < kRows; first += kAtom) {
-      tma_load_2d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), block * kBlockK);
+      tma_load_3d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), block * kBlockK, group);
     }
   }
 }
@@ -105,9 +105,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
       load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
-          ring.rows(), &p.rows, ring.full(), block, tile.row);
+          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? tile.group : 0);
       load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
-          ring.cols(), &p.cols, ring.full(), block, tile.col);
+          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? tile.group : 0);
       ring.at.advance();
     }
     mbarrier_arrive(queue.empty());

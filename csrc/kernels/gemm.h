@@ -44,11 +44,12 @@ struct ScaleGran {
   }
 };
 
-// How the work is cut into tiles, see kernels/tile_scheduler.cuh. All but the first two read at run
+// How the work is cut into tiles, see kernels/tile_scheduler.cuh. From kBlocks on it is read at run
 // time which groups have what.
 enum class Schedule : int32_t {
   kTiles,     // one product, whole tiles
   kSplit,     // one product, contiguous ranges of K-blocks, one a CTA, then a reduction
+  kBatch,     // a product a group, all of the same size, whole tiles
   kBlocks,    // grouped K: index[G] is where each group's K-blocks end
   kSegments,  // grouped tokens: index[M] is the expert of each row, in segments of `alignment` rows
   kEnds,      // grouped tokens: index[G] is where each group ends, starts are aligned

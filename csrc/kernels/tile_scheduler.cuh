@@ -23,7 +23,7 @@ class TileScheduler {
   // The next tile, or kNoTile. All lanes of the warp must call it, and get the same.
   __device__ __forceinline__ Tile next() {
     if (p_.schedule >= Schedule::kSegments) return next_of_tokens();
-    if (p_.schedule == Schedule::kBlocks) return next_of_blocks();
+    if (p_.schedule >= Schedule::kBatch) return next_of_groups();
     return p_.schedule == Schedule::kSplit ? next_range() : next_whole();
   }
 
@@ -75,13 +75,15 @@ class TileScheduler {
     return tile;
   }
 
-  // Every group has a whole product, over its own range of K-blocks.
-  __device__ __forceinline__ Tile next_of_blocks() {
+  // Every group has a whole product: kBatch with all of K, kBlocks over its own range of K-blocks.
+  __device__ __forceinline__ Tile next_of_groups() {
     const int tiles = p_.row_tiles * p_.col_tiles, group = next_ / tiles;
     if (group >= p_.groups.count) return kNoTile;
     Tile tile = whole_tile(p_, next_ - group * tiles);
-    tile.k_begin = group > 0 ? p_.groups.index[group - 1] : 0;
-    tile.k_end = p_.groups.index[group];
+    if (p_.schedule == Schedule::kBlocks) {
+      tile.k_begin = group > 0 ? p_.groups.index[group - 1] : 0;
+      tile.k_end = p_.groups.index[group];
+    }
     tile.group = group;
     next_ += gridDim.x;
     return tile;

@@ -87,8 +87,9 @@ void run(const Tensor& a, const Tensor& b, const Problem& p, const std::optional
   if (const int64_t bytes = bf16_workspace_bytes(config); bytes > 0) {
     workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
   }
+  const Bf16Problem problem{p.a, p.b, p.k, d, Schedule::kTiles, {}};
   SM120_OPS_CUDA_CHECK(
-      kOp, launch_bf16_gemm(config, p.a, p.b, p.k, d, workspace ? workspace->data_ptr() : nullptr,
+      kOp, launch_bf16_gemm(config, problem, workspace ? workspace->data_ptr() : nullptr,
                             current_stream(device)));
 }
 
