@@ -80,20 +80,25 @@ class WarpMma {
 
   // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
   // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
-  // move and ptxas re-materialises them all over the loop.
+  // move and ptxas re-materialises them all over the loop. Opaque, for ptxas would do the same with
+  // these addresses.
+  __device__ WarpMma(int warp_row, int warp_col) {
+    const int g = lane_id() / 4, half = lane_id() % 2;
+    row_scale_ = kept(4 * (warp_row + 8 * half + g));
+    col_scale_ = kept(4 * (warp_col + fragment_column<kAccessB>(g)));
+  }
+
+  // sfa, sfb: of the CTA's tile
   template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
-    const int g = lane_id() / 4, half = lane_id() % 2;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
-      const int row = 16 * i + 8 * half + g;
-      sfa_[i] = paired<kRead>(read_scale<kRead>(sfa + 4 * row, select_a));
+      sfa_[i] = paired<kRead>(read_scale<kRead>(sfa + row_scale_ + 4 * 16 * i, select_a));
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      const int column = 8 * j + fragment_column<kAccessB>(g);
-      sfb_[j] = paired<kRead>(read_scale<kRead>(sfb + 4 * column, select_b));
+      sfb_[j] = paired<kRead>(read_scale<kRead>(sfb + col_scale_ + 4 * 8 * j, select_b));
     }
   }
 
@@ -150,6 +155,7 @@ class WarpMma {
     hi = prmt(even, odd, 0x7362);
   }
 
+  uint32_t row_scale_, col_scale_;  // bytes from the tile's first scale to the lane's first
   uint32_t sfa_[MT], sfb_[NT], b_[NT][2];
 };
 
@@ -176,6 +182,9 @@ class WarpMma {
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
 
+  __device__ WarpMma(int warp_row, int warp_col) : warp_row_(warp_row), warp_col_(warp_col) {}
+
+  // sfa, sfb: of the CTA's tile
   template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
@@ -184,7 +193,7 @@ class WarpMma {
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = 16 * i + 8 * h + g;
+        const int row = warp_row_ + 16 * i + 8 * h + g;
         sfa_[i][h] = read_scale<kRead>(sfa + 4 * row, select_a);
       }
     }
@@ -192,7 +201,7 @@ class WarpMma {
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
+        const int column = warp_col_ + 8 * j + fragment_column<kAccessB>(2 * t + e);
         sfb_[j][e] = read_scale<kRead>(sfb + 4 * column, select_b);
       }
     }
@@ -367,6 +376,7 @@ class WarpMma {
     }
   }
 
+  int warp_row_, warp_col_;
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
   float scale_a_[kHalves][MT][2], scale_b_[kHalves][NT][2];
   float partial_[MT][NT][4];

@@ -22,6 +22,12 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   return v;
 }
 
+// The same for values that save instructions in the main loop, where there are registers for them:
+// the emulated MMA needs its own.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+  return kNative ? opaque(v) : v;
+}
+
 __device__ __forceinline__ int lane_id() {
   return threadIdx.x % kWarpSize;
 }
@@ -84,7 +90,13 @@ struct RingState {
 __device__ __forceinline__ void release_stage(uint32_t empty_bar) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncwarp();
-  if (lane_id() == 0) mbarrier_arrive(empty_bar);
+  asm volatile(  // one lane, chosen in fewer instructions than by its number
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(empty_bar)
+      : "memory");
 }
 
 }  // namespace sm120

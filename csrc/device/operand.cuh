@@ -42,17 +42,20 @@ class ReaderA {
   __device__ explicit ReaderA(int first_row) {
     const int lane = lane_id();
     const int chunk = kMode == Access::kPlain ? lane / 16 : 0;
-    offset_ = swizzled<kRowBytes>(first_row + lane % 16, 16 * chunk);
+    const uint32_t offset = swizzled<kRowBytes>(first_row + lane % 16, 16 * chunk);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
   }
 
   // r: [kRegs] of fragment m_tile (16 rows each) at the given step
   __device__ __forceinline__ void load(uint32_t (&r)[kRegs], uint32_t tile, int m_tile,
                                        int step) const {
-    ldmatrix<kRegs>(r, tile + (offset_ ^ (step * kStepBytes<kMode>)) + m_tile * 16 * kRowBytes);
+    ldmatrix<kRegs>(r, tile + offset_[step] + m_tile * 16 * kRowBytes);
   }
 
  private:
-  uint32_t offset_;
+  static constexpr int kSteps = kRowBytes / kStepBytes<kMode>;
+  uint32_t offset_[kSteps];
 };
 
 template <Access kMode, int kRowBytes, int kTiles>
@@ -64,18 +67,21 @@ class ReaderB {
   // first_row: tile row of the warp's first fragment, a multiple of 8
   __device__ explicit ReaderB(int first_row) {
     const int lane = lane_id();
+    uint32_t offset;
     if constexpr (kMode == Access::kPairedFp8) {
-      offset_ = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
+      offset = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
     } else {  // matrices: tile j chunks 0, 1, tile j+1 chunks 0, 1
       const int row = lane % 8 + (kTiles > 1 ? lane / 16 * 8 : 0);
-      offset_ = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
+      offset = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
     }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
   }
 
   // r: [kTiles][kRegs], fragments of 8 rows each, at the given step
   __device__ __forceinline__ void load(uint32_t (&r)[kTiles][kRegs], uint32_t tile,
                                        int step) const {
-    const uint32_t address = tile + (offset_ ^ (step * kStepBytes<kMode>));
+    const uint32_t address = tile + offset_[step];
 #pragma unroll
     for (int j = 0; j < kTiles; j += kGroup) {
       if constexpr (kMode == Access::kPairedFp8) {
@@ -89,7 +95,8 @@ class ReaderB {
  private:
   // fragments one instruction reads
   static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2 ? 1 : 2;
-  uint32_t offset_;
+  static constexpr int kSteps = kRowBytes / kStepBytes<kMode>;
+  uint32_t offset_[kSteps];
 };
 
 // ---- bf16 ---------------------------------------------------------------------------------------

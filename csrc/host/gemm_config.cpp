@@ -24,9 +24,10 @@ double peak_flops_a_us(const GemmShape& s, bool native) {  // of one SM, with th
   return s.gran_k_a == kBlockK && s.gran_k_b == kBlockK ? 2.85e6 : 1.88e6;
 }
 
-// Share of that rate a smaller tile reaches: it has more loads and waits an MMA, and less to hide
-// latency with.
+// Share of that rate another tile reaches: a smaller one has more loads and waits an MMA, and less
+// to hide latency with. Emulated, 128 x 256 spills.
 double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
+  if (t.rows * t.cols > 128 * 128) return native ? 1.05 : 0.3;
   if (t.rows * t.cols == 128 * 128) {
     // Two formats of warp tile: see the table. Native FP8 code is shorter with 64x32 warps.
     const bool fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
@@ -103,13 +104,13 @@ double most_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
+  const GemmTile& tile = kGemmTiles[index];
   if (split) {
-    const GemmTile& tile = kGemmTiles[index];
     const double blocks = static_cast<double>(ceil_div(swapped ? s.n : s.m, tile.rows)) *
                           ceil_div(swapped ? s.m : s.n, tile.cols) * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
   }
-  if (!has_instance(kGemmTiles[index].formats, swapped ? s.b : s.a, swapped ? s.a : s.b)) {
+  if (!has_instance(tile.formats, swapped ? s.b : s.a, swapped ? s.a : s.b)) {
     return false;
   }
   return s.a == s.b || swapped == (s.b == OperandFormat::kMxfp4);

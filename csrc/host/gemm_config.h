@@ -9,7 +9,12 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
 // axis), warps along the rows (of 8), the formats it is for, and why it is there.
-//   128 x 128  most reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment of
+//   128 x 256  native only: 64x64 warps, which load least an MMA. The emulation has no registers
+//   for
+//              it. Two FP8 stages just fit 99 KB, which an MMA at 2048 FLOP a clock leaves time
+//              for.
+//   128 x 128  next in reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment
+//   of
 //              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
 //   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
@@ -21,6 +26,7 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //   not
 //              there. FP8 cols only: a stage of 8 packed FP4 rows would not fill a swizzle atom.
 #define SM120_GEMM_TILES(X)         \
+  X(128, 256, 2, TileFormats::kAny) \
   X(128, 128, 4, TileFormats::kAny) \
   X(128, 128, 2, TileFormats::kFp8) \
   X(128, 64, 4, TileFormats::kAny)  \

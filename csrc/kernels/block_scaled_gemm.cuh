@@ -147,7 +147,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
 
   // Software pipeline over the A fragments of all blocks in order: two ahead is on its way from
   // shared memory; with kConvertAhead the next is converted while one is multiplied.
-  Mma mma;
+  Mma mma(warp_row, warp_col);
   constexpr int kBufferedB = T::MT > 1 ? 1 : 2;  // steps of B on their way
   typename Mma::RawA a[2];
   typename Mma::RawB b[kBufferedB][T::NT];
@@ -191,7 +191,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     const bool last = !more && block == p.k_blocks - 1;
     const int byte = kScalePerBlock ? block & 3 : 0;
     mma.template load_scales<kPartial ? ScaleRead::kAny : kScales>(
-        ring.rows_scale() + 4 * warp_row + byte, ring.cols_scale() + 4 * warp_col + byte,
+        ring.rows_scale() + byte, ring.cols_scale() + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
     if (kScalePerBlock || !mma.regular_scales()) {
@@ -238,8 +238,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
 
   grow_registers<232>();
-  const int warp_row = warp / T::kWarpsAcross * T::MT * 16;
-  const int warp_col = warp % T::kWarpsAcross * T::NT * 8;
+  // Once for the main loop and once for the stores.
+  const int warp_row = kept(warp / T::kWarpsAcross * T::MT * 16);
+  const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     Tile tile = queue.read();
