@@ -83,20 +83,28 @@ struct RingState {
   }
 };
 
+// One arrival for a whole warp, when all its lanes have come here. PTX ISA 9.7.13.15 "elect.sync"
+// takes fewer instructions than a comparison of the lane's number; the emulation's loops get fewer
+// registers with it.
+__device__ __forceinline__ void mbarrier_arrive_of_warp(uint32_t bar) {
+  if constexpr (kNative) {
+    asm volatile(
+        "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+        "@one mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar)
+        : "memory");
+  } else {
+    __syncwarp();
+    if (lane_id() == 0) mbarrier_arrive(bar);
+  }
+}
+
 // The one place where a consumer warp gives a stage back to the producer.
 // Hazard: without the fence ptxas issues the arrive while the warp's last ldmatrix is still in
 // flight, and the next TMA write overwrites the tile under it (seen on an H200: up to 0.8 % wrong
 // outputs). The fence must be executed by every lane, before the warp converges.
 __device__ __forceinline__ void release_stage(uint32_t empty_bar) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncwarp();
-  asm volatile(  // one lane, chosen in fewer instructions than by its number
-      "{\n"
-      ".reg .pred one;\n"
-      "elect.sync _|one, 0xffffffff;\n"
-      "@one mbarrier.arrive.shared::cta.b64 _, [%0];\n"
-      "}" ::"r"(empty_bar)
-      : "memory");
+  mbarrier_arrive_of_warp(empty_bar);
 }
 
 }  // namespace sm120

@@ -255,8 +255,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     }
     tile = queue.read();  // again, rather than in registers all the while
     store_tile<T>(p, tile, acc, warp_row, warp_col);
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(queue.empty());  // what was read has been used by now
+    mbarrier_arrive_of_warp(queue.empty());  // what was read has been used by now
   }
   if (p.schedule == Schedule::kSplit) {
     grid_barrier();
