@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.source
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_no_nvcc(setup_py: ModuleType) -> None:
     with pytest.raises(SystemExit) as raised:
         setup_py.require_nvcc()
     text = message(raised)
-    assert "nvcc: expected CUDA 13.0 or newer, got none" in text
+    assert "nvcc: expected a CUDA 13 release, 13.0 or newer, got none" in text
     assert "run: " in text
     assert '"nvidia-cuda-nvcc==13.0.88"' in text
 
@@ -53,7 +54,7 @@ def test_old_nvcc(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as raised:
         setup_py.require_nvcc()
-    assert f"got nvcc 12.8 at {nvcc} (CUDA_HOME)" in message(raised)
+    assert f"got nvcc 12.8.88 at {nvcc} (CUDA_HOME)" in message(raised)
 
 
 def test_missing_nvcc_is_a_build_requirement(setup_py: ModuleType, tmp_path: Path) -> None:
