@@ -183,7 +183,7 @@ def test_foreign_library(tmp_path: Path) -> None:
     done = fresh_python("import sm120_ops", root=tmp_path)
     assert done.returncode != 0
     assert "to implement every op of this package, got none for" in done.stderr
-    assert "sm120::gemm" in done.stderr
+    assert "(sm120::" in done.stderr
     assert "run: pip install" in done.stderr
 
 
@@ -258,7 +258,7 @@ def test_works_after_fork() -> None:
         "import os, torch, sm120_ops",
         "child = os.fork()",
         "if child == 0:",
-        "    data, scale = sm120_ops.quantize(torch.randn(4, 64), 'mxfp8')",
+        "    data, scale = sm120_ops.quantize(torch.randn(4, 256), 'mxfp8')",
         "    out = sm120_ops.gemm((data, scale), (data, scale))",
         "    os._exit(0 if out.shape == (4, 4) else 3)",
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0",

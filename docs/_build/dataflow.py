@@ -1,6 +1,6 @@
 """The pictures of the reference pages: how data flows through a family, as SVG.
 
-A picture is columns of boxes, left to right, and arrows between boxes. A new family is one more entry in
+A picture is rows of boxes, from top to bottom, and arrows between boxes. A new family is one more entry in
 PICTURES; the page shows it by `![...](../images/<name>.svg)`.
 """
 
@@ -10,8 +10,8 @@ from html import escape
 from typing import NamedTuple
 
 FONT, LINE, PAD = 13, 17, 10  # pixels: text size, line height, space inside a box
-COLUMN_GAP, ROW_GAP, MARGIN = 52, 14, 12
-CHARACTER = 7.1  # width of one in this font, about
+COLUMN_GAP, ROW_GAP, MARGIN = 28, 30, 12
+CHARACTER, BOLD = 7.0, 8.2  # width of one in this font, about
 INK, PAPER = "#1f2937", "#ffffff"
 FILL = {"tensor": "#e0f2fe", "kernel": "#fde68a", "step": "#f1f5f9"}
 EDGE = {"tensor": "#0369a1", "kernel": "#b45309", "step": "#64748b"}
@@ -26,7 +26,7 @@ class Box(NamedTuple):
 
 class Picture(NamedTuple):
     title: str
-    columns: list[dict[str, Box]]
+    rows: list[dict[str, Box]]
     arrows: list[tuple[str, str]]
 
 
@@ -58,12 +58,11 @@ PICTURES = {
         [*chain("x", "amax", "rule", "round", "data"), ("rule", "scale")],
     ),
     "layout": Picture(
-        "Three forms of scales, one inside the kernels",
+        "Three forms of scales, the packed one inside the kernels",
         [
             {
                 "float": tensor("float32\npowers of two"),
                 "bytes": tensor("UE8M0 bytes\nuint8 or float8_e8m0fnu"),
-                "kept": tensor("packed int32\nkept as it is"),
             },
             {"pack": kernel("pack_scales\none scale a row, or\na block of 32, 128 rows")},
             {"packed": tensor("packed int32\n4 K-groups a word, MN-major,\nrows padded to 4")},
@@ -73,7 +72,6 @@ PICTURES = {
             ("float", "pack"),
             ("bytes", "pack"),
             ("pack", "packed"),
-            ("kept", "packed"),
             ("packed", "ops"),
             ("packed", "unpack"),
         ],
@@ -85,14 +83,14 @@ PICTURES = {
                 "a": tensor("A [M, K] and scales\nFP8, or packed FP4"),
                 "b": tensor("B [N, K] and scales\nFP8, or packed FP4"),
             },
-            {"tma": kernel("producer warp\nTMA, one K-block\nof 128 a stage")},
-            {"ring": tensor("ring in shared memory\nat most 99 KB, full and\nempty barriers")},
-            {"read": kernel("8 math warps\nldmatrix, FP4 is unpacked\nin registers")},
+            {"tma": kernel("producer warp\nTMA, one K-block of 128 a stage")},
+            {"ring": tensor("ring in shared memory\nat most 99 KB, full and empty barriers")},
+            {"read": kernel("8 math warps\nldmatrix; FP4 is unpacked in registers")},
             {
-                "mma": kernel("block-scaled MMA\nsm_120f: one instruction\nsm_90a: emulated"),
-                "split": Box("split K\npartial sums, added\nin CTA order"),
+                "mma": kernel("block-scaled MMA\nsm_120f: one instruction, sm_90a: emulated"),
+                "split": Box("split K\npartial sums, added in CTA order"),
             },
-            {"epilogue": kernel("epilogue\n+ C, one rounding,\nhead split")},
+            {"epilogue": kernel("epilogue\n+ C, one rounding, head split")},
             {"d": tensor("D [M, N]\nbf16 or fp32")},
         ],
         [
@@ -105,22 +103,21 @@ PICTURES = {
     "grouped": Picture(
         "Grouped GEMM: a warp looks for tiles that have work",
         [
+            {"index": tensor("group index\nm_indices, group_ends or masked_m,\non the device")},
+            {"scheduler": kernel("scheduler warp\nfinds live tiles, skips empty segments")},
             {
-                "index": tensor("group index\nm_indices, group_ends\nor masked_m, on the device"),
-                "a": tensor("A, rows of all groups"),
-                "b": tensor("B [G, N, K]"),
+                "queue": Box("queue\nof four tiles"),
+                "a": tensor("A\nrows of all groups"),
+                "b": tensor("B\n[G, N, K]"),
             },
-            {"scheduler": kernel("scheduler warp\nskips empty segments"), "tma": kernel("producer warp")},
-            {"queue": Box("queue\nof four tiles")},
-            {"main": kernel("main loop\nthe dense GEMM's")},
+            {"tma": kernel("producer warp\nTMA of a tile's rows and weights")},
+            {"main": kernel("main loop and epilogue\nthe dense GEMM's, of the same tile")},
             {"d": tensor("D\nrows of no group\nkeep what they held")},
         ],
         [
-            *chain("index", "scheduler", "queue", "main", "d"),
+            *chain("index", "scheduler", "queue", "tma", "main", "d"),
             ("a", "tma"),
             ("b", "tma"),
-            ("queue", "tma"),
-            ("tma", "main"),
         ],
     ),
     "k_grouped": Picture(
@@ -144,11 +141,11 @@ PICTURES = {
                 "x": tensor("x [T, H]"),
                 "ids": tensor("topk_ids, weights\n[T, topk]"),
             },
-            {"route": kernel("1 moe_route\na row for each slot,\ntokens quantised")},
-            {"up": kernel("2 grouped_gemm_psum\ngate_up weights\n[M, H] -> [M, 2I]")},
-            {"act": kernel("3 moe_activation\nbias, SwiGLU, quantise\n[M, I]")},
-            {"down": kernel("4 grouped_gemm_psum\ndown weights\n-> [M, H]")},
-            {"combine": kernel("5 moe_combine\nweighted sum over slots,\nin slot order")},
+            {"route": kernel("1 moe_route\na row for each slot, tokens quantised")},
+            {"up": kernel("2 grouped_gemm_psum\ngate_up weights, [M, H] -> [M, 2I]")},
+            {"act": kernel("3 moe_activation\nbias, SwiGLU, quantise, -> [M, I]")},
+            {"down": kernel("4 grouped_gemm_psum\ndown weights, -> [M, H]")},
+            {"combine": kernel("5 moe_combine\nweighted sum over slots, in slot order")},
             {"y": tensor("y [T, H]")},
         ],
         [*chain("x", "route", "up", "act", "down", "combine", "y"), ("ids", "route")],
@@ -156,23 +153,21 @@ PICTURES = {
     "mqa": Picture(
         "A step of a sparse-attention indexer",
         [
+            {"new": tensor("new keys")},
+            {"write": kernel("mqa_cache_write\nquantise into pages")},
             {
-                "new": tensor("new keys"),
-                "q": tensor("q [S, H, D], weights\nFP8 or FP4"),
-            },
-            {
-                "write": kernel("mqa_cache_write\nquantise into pages"),
+                "q": tensor("q, weights\nFP8 or FP4, [S, H, D]"),
+                "cache": tensor("paged cache\nof a page keys, then scales"),
                 "meta": kernel("paged_mqa_metadata\nshares of equal length"),
             },
-            {"cache": tensor("paged cache\nkeys, then scales, a page")},
-            {"logits": kernel("(paged_)mqa_logits\nsum over heads of\nrelu(q . k) * weight")},
-            {"scores": tensor("logits float32\n[rows, keys]")},
+            {"logits": kernel("mqa_logits, paged_mqa_logits\nsum over heads of relu(q . k) * weight")},
+            {"scores": tensor("logits\nfloat32 [rows, keys]")},
             {"topk": kernel("indexer_topk")},
-            {"indices": tensor("indices int32\n[rows, k]")},
+            {"indices": tensor("indices\nint32 [rows, k]")},
         ],
         [
             *chain("new", "write", "cache", "logits", "scores", "topk", "indices"),
-            ("q", "meta"),
+            ("q", "logits"),
             ("meta", "logits"),
         ],
     ),
@@ -202,25 +197,26 @@ class _Placed(NamedTuple):
 
 
 def _size(box: Box) -> tuple[float, float]:
-    lines = box.text.split("\n")
-    return max(map(len, lines)) * CHARACTER + 2 * PAD, len(lines) * LINE + 2 * PAD - 4
+    first, *others = box.text.split("\n")
+    width = max([len(first) * BOLD, *(len(line) * CHARACTER for line in others)])
+    return width + 2 * PAD, (1 + len(others)) * LINE + 2 * PAD - 4
 
 
-def _place(columns: list[dict[str, Box]]) -> tuple[dict[str, _Placed], float, float]:
-    heights = [
-        sum(_size(box)[1] for box in column.values()) + ROW_GAP * (len(column) - 1)
-        for column in columns
+def _place(rows: list[dict[str, Box]]) -> tuple[dict[str, _Placed], float, float]:
+    """Boxes of a row beside each other and in the middle; width and height of the picture."""
+    widths = [
+        sum(_size(box)[0] for box in row.values()) + COLUMN_GAP * (len(row) - 1) for row in rows
     ]
-    height = max(heights) + 2 * MARGIN
-    placed, x = {}, float(MARGIN)
-    for column, needed in zip(columns, heights, strict=True):
-        width = max(_size(box)[0] for box in column.values())
-        y = (height - needed) / 2
-        for name, box in column.items():
-            placed[name] = _Placed(box, x, y, width, _size(box)[1])
-            y += _size(box)[1] + ROW_GAP
-        x += width + COLUMN_GAP
-    return placed, x - COLUMN_GAP + MARGIN, height
+    width = max(widths) + 2 * MARGIN
+    placed, y = {}, float(MARGIN)
+    for row, needed in zip(rows, widths, strict=True):
+        height = max(_size(box)[1] for box in row.values())
+        x = (width - needed) / 2
+        for name, box in row.items():
+            placed[name] = _Placed(box, x, y, _size(box)[0], height)
+            x += _size(box)[0] + COLUMN_GAP
+        y += height + ROW_GAP
+    return placed, width, y - ROW_GAP + MARGIN
 
 
 def _draw_box(placed: _Placed) -> list[str]:
@@ -241,22 +237,22 @@ def _draw_box(placed: _Placed) -> list[str]:
 
 
 def _draw_arrow(start: _Placed, end: _Placed) -> str:
-    if start.x == end.x:  # one above the other
-        down = end.y > start.y
-        x = start.x + start.width / 2
-        y1 = start.y + (start.height if down else 0)
-        y2 = end.y + (-5 if down else end.height + 5)
-        path = f"M{x:.0f} {y1:.0f} L{x:.0f} {y2:.0f}"
+    if start.y == end.y:  # beside each other
+        right = end.x > start.x
+        y = start.y + start.height / 2
+        x1 = start.x + (start.width if right else 0)
+        x2 = end.x + (-5 if right else end.width + 5)
+        path = f"M{x1:.0f} {y:.0f} L{x2:.0f} {y:.0f}"
     else:
-        x1, y1 = start.x + start.width, start.y + start.height / 2
-        x2, y2 = end.x - 5, end.y + end.height / 2
-        middle = (x1 + x2) / 2
-        path = f"M{x1:.0f} {y1:.0f} C{middle:.0f} {y1:.0f} {middle:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
+        x1, y1 = start.x + start.width / 2, start.y + start.height
+        x2, y2 = end.x + end.width / 2, end.y - 5
+        middle = (y1 + y2) / 2
+        path = f"M{x1:.0f} {y1:.0f} C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
     return f'<path d="{path}" fill="none" stroke="{INK}" marker-end="url(#head)"/>'
 
 
 def svg(picture: Picture) -> str:
-    placed, width, height = _place(picture.columns)
+    placed, width, height = _place(picture.rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" role="img" font-size="{FONT}" '

@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Any] | None:
 
 def draw(data: dict[str, Any]) -> str:
     """Rate over arithmetic intensity, under the copy bandwidth and MMA loops of the same run."""
-    figure, axes = plt.subplots(figsize=(9.5, 5.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
     copy_tbps = data["ceilings"]["copy_gbps"] / 1e3
     intensities = [line["intensity"] for line in data["lines"]]
     low, high = min(intensities) / 2, max(*intensities, 300) * 2
@@ -51,7 +51,7 @@ def draw(data: dict[str, Any]) -> str:
         label = line["name"] if ours else line["provider"]
         points.setdefault((ours, label), []).append((line["intensity"], line["tflops"]))
     markers = "osD^v<>phd8"
-    for index, (ours, label) in enumerate(sorted(points, reverse=True)):
+    for index, (ours, label) in enumerate(sorted(points, key=lambda key: (not key[0], key[1]))):
         axes.scatter(
             *zip(*points[ours, label], strict=True),
             marker=markers[index % len(markers)] if ours else "x",
@@ -68,7 +68,7 @@ def draw(data: dict[str, Any]) -> str:
         title=f"{data['environment']['gpu']}, copy {copy_tbps:.2f} TB/s, {data['date'][:10]}",
     )
     axes.grid(True, which="major", alpha=0.25)
-    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     image = io.StringIO()
     figure.savefig(image, format="svg", metadata={"Date": None})
     plt.close(figure)
