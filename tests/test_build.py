@@ -238,19 +238,15 @@ def test_import_touches_no_gpu() -> None:
 
 
 def test_import_is_fast() -> None:
-    """What the package adds to torch's own import; the best of three, for a machine with others."""
-    script = (
+    """What the package adds to torch's own import, in CPU time: others may use the machine too."""
+    done = fresh_python(
         "import time, torch",
-        "start = time.perf_counter()",
+        "start = time.process_time()",
         "import sm120_ops",
-        "print(time.perf_counter() - start)",
+        "print(time.process_time() - start)",
     )
-    times = []
-    for _ in range(3):
-        done = fresh_python(*script)
-        assert done.returncode == 0, done.stderr
-        times.append(float(done.stdout))
-    assert min(times) < 0.3, f"seconds over torch's import: {times}"
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3
 
 
 def test_works_after_fork() -> None:
