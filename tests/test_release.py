@@ -76,7 +76,7 @@ def test_pre_commit_has_the_tools_of_lint() -> None:
 
 @pytest.fixture(scope="module")
 def dataflow() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dataflow", ROOT / "docs/_build/dataflow.py")
+    spec = importlib.util.spec_from_file_location("dataflow", ROOT / "docs/_make/dataflow.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -100,7 +100,7 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {
         str(path.relative_to(ROOT / "docs"))
         for path in (ROOT / "docs").rglob("*.md")
-        if "_build" not in path.parts
+        if "_make" not in path.parts
     }
     named = set(re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", text("mkdocs.yml"), re.MULTILINE))
     assert named == pages

@@ -66,7 +66,10 @@ PICTURES = {
             },
             {"pack": kernel("pack_scales\none scale a row, or\na block of 32, 128 rows")},
             {"packed": tensor("packed int32\n4 K-groups a word, MN-major,\nrows padded to 4")},
-            {"ops": kernel("every op\nreads it by TMA"), "unpack": kernel("unpack_scales\nfor other code")},
+            {
+                "ops": kernel("every op\nreads it by TMA"),
+                "unpack": kernel("unpack_scales\nfor other code"),
+            },
         ],
         [
             ("float", "pack"),
@@ -160,7 +163,11 @@ PICTURES = {
                 "cache": tensor("paged cache\nof a page keys, then scales"),
                 "meta": kernel("paged_mqa_metadata\nshares of equal length"),
             },
-            {"logits": kernel("mqa_logits, paged_mqa_logits\nsum over heads of relu(q . k) * weight")},
+            {
+                "logits": kernel(
+                    "mqa_logits, paged_mqa_logits\nsum over heads of relu(q . k) * weight"
+                )
+            },
             {"scores": tensor("logits\nfloat32 [rows, keys]")},
             {"topk": kernel("indexer_topk")},
             {"indices": tensor("indices\nint32 [rows, k]")},
