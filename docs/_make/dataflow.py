@@ -1,11 +1,12 @@
 """The pictures of the reference pages: how data flows through a family, as SVG.
 
-A picture is rows of boxes, from top to bottom, and arrows between boxes. A new family is one more entry in
-PICTURES; the page shows it by `![...](../images/<name>.svg)`.
+A picture is rows of boxes, from top to bottom, and arrows between boxes. A new family is one more
+entry in PICTURES; the page shows it by `![...](../images/<name>.svg)`.
 """
 
 from __future__ import annotations
 
+import itertools
 from html import escape
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def kernel(text: str) -> Box:
 
 
 def chain(*names: str) -> list[tuple[str, str]]:
-    return list(zip(names, names[1:], strict=False))
+    return list(itertools.pairwise(names))
 
 
 PICTURES = {

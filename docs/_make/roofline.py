@@ -1,7 +1,7 @@
 """Roofline plots from the JSON files of `python -m sm120_ops bench`.
 
-`bench --plot` draws one run in detail; these put one family on a page, ours large and the peers small. They
-need matplotlib and the JSON file alone, neither torch nor the compiled library.
+`bench --plot` draws one run in detail; these put one family on a page, ours large and the peers
+small. They need matplotlib and the JSON file alone, neither torch nor the compiled library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 OURS = "sm120_ops"
 # No two builds of the site differ by random names of SVG elements.
