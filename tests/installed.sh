@@ -23,7 +23,9 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if [[ -n ${SYSTEM_SITE:-} ]]; then
-  "$python" -m venv --system-site-packages "$work/venv"
+  # Some systems have venv without ensurepip: then pip comes from the parent too.
+  "$python" -m venv --system-site-packages "$work/venv" > "$work/log" 2>&1 \
+    || "$python" -m venv --clear --without-pip --system-site-packages "$work/venv"
   # A venv made from a venv sees the base interpreter's packages alone: name the parent's too.
   "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
     > "$("$work/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/parent.pth"

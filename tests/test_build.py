@@ -107,9 +107,11 @@ def test_wheel_contents(wheel: Path) -> None:
         info = f"sm120_ops-{sm120_ops.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         tags = email.message_from_bytes(archive.read(f"{info}/WHEEL"))
+        notice = archive.read(f"{info}/licenses/NOTICE").decode()
     assert {file.split("/")[0] for file in files} == {"sm120_ops", info}
     assert [file for file in files if file.endswith(".so")] == ["sm120_ops/_C.so"]
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(files)
+    assert all(name in notice for name in ("CUTLASS", "CUDA runtime", "PyTorch", "CCCL"))
     assert "sm120_ops/__main__.py" in files
     assert metadata["Version"] == sm120_ops.__version__
     assert tags["Root-Is-Purelib"] == "false"
