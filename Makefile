@@ -1,10 +1,10 @@
-# make demo | test | wheel | bench | lint | clean: each works as the first command in a fresh clone.
+# make demo | test | wheel | bench | lint | docs | clean: each works as the first command in a fresh clone.
 # `make build` is the incremental build for development: csrc/ -> sm120_ops/_C.so in the tree.
 # ARGS="..." is passed on: make test ARGS="-k quantize", make demo ARGS="--help".
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup build wheel demo test bench lint clean
+.PHONY: setup build wheel demo test bench lint mypy docs clean
 
 find_first = $(firstword $(foreach name,$(1),$(shell command -v $(name))))
 PYTHON ?= $(call find_first,python3.11 python3.12 python3.13 python3)
@@ -39,7 +39,7 @@ $(STAMP)-build: Makefile setup.py pyproject.toml | $(PY)
 	  | $(PIP) install -q -r /dev/stdin
 	@touch $@
 
-$(STAMP)-test $(STAMP)-lint: $(STAMP)-%: pyproject.toml | $(STAMP)-build
+$(STAMP)-test $(STAMP)-lint $(STAMP)-docs: $(STAMP)-%: pyproject.toml | $(STAMP)-build
 	@echo "installing the $* tools into $(VENV)"
 	@$(NEEDS) $* | $(PIP) install -q -r /dev/stdin
 	@touch $@
@@ -68,14 +68,20 @@ test: build $(STAMP)-test $(STAMP)-demo
 bench: build
 	$(PY) -m sm120_ops bench $(ARGS)
 
-lint: $(STAMP)-lint $(STAMP)-test
+lint: $(STAMP)-lint mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
 	find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
+mypy: $(STAMP)-lint $(STAMP)-test
+	$(PY) -m mypy
+
+# The site into site/. Pages are read from the sources: neither the library nor a GPU is needed.
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist sm120_ops.egg-info sm120_ops/_C.so sm120_ops/_build_info.py
+	rm -rf build dist site sm120_ops.egg-info sm120_ops/_C.so sm120_ops/_build_info.py
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sm120_ops tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,7 +5,9 @@ of torch no more than headers and two libraries. The library uses neither Python
 torch but its stable C interface, so one wheel (py3-none-<platform>) serves every Python and torch.
 
 Environment: CUDA_HOME (toolkit to use), MAX_JOBS (parallel compilers, default: the CPUs),
-SM120_OPS_ARCHS ("120f;90a", the default, or one of them), SM120_OPS_CUTLASS_DIR (a CUTLASS tree).
+SM120_OPS_ARCHS ("120f;90a", the default, or one of them), SM120_OPS_CUTLASS_DIR (a CUTLASS tree),
+SM120_OPS_CUDA ("13", the default, or "12.9": a wheel "+cu129" for drivers before 580),
+SM120_OPS_REVISION (what `info` names as the git revision, where there is no git).
 """
 
 from __future__ import annotations
@@ -23,10 +25,16 @@ from typing import NamedTuple, NoReturn
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "sm120_ops/_build_info.py"
-MIN_NVCC = (13, 0)
+# Written into the sdist, which has no .git to ask.
+REVISION_FILE = ROOT / "REVISION"
+CUDA = os.environ.get("SM120_OPS_CUDA", "13")
+# Oldest nvcc, the first release that is too new, and the local version of the wheel. 12.9 is the
+# first to know family targets (sm_120f).
+CUDA_BUILDS = {"13": ((13, 0), (14,), ""), "12.9": ((12, 9), (13,), "+cu129")}
 MIN_TORCH = (2, 11)
 # The compiler as PyPI wheels. All of one version: unpinned, nvvm and crt come newer than the
 # compiler, and ptxas refuses their PTX.
@@ -51,6 +59,27 @@ class Nvcc(NamedTuple):
 
 def fail(what: str, needed: str, got: str, run: str) -> NoReturn:
     sys.exit(f"sm120_ops build: {what}: expected {needed}, got {got}; run: {run}")
+
+
+def cuda_build() -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """The row of CUDA_BUILDS that SM120_OPS_CUDA names."""
+    if CUDA not in CUDA_BUILDS:
+        fail("SM120_OPS_CUDA", " or ".join(CUDA_BUILDS), repr(CUDA), "unset SM120_OPS_CUDA")
+    return CUDA_BUILDS[CUDA]
+
+
+def revision() -> str:
+    """The git commit that is built, with "-dirty" if files differ from it; "" if unknown."""
+    if os.environ.get("SM120_OPS_REVISION"):
+        return os.environ["SM120_OPS_REVISION"]
+    if REVISION_FILE.is_file():
+        return REVISION_FILE.read_text().strip()
+    # A checkout of this project, not one that an unpacked sdist happens to lie in.
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def package_dir(name: str) -> Path | None:
@@ -82,22 +111,27 @@ def found_nvccs() -> list[Nvcc]:
     for source, path in places:
         if path.is_file():
             text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-            number = re.search(r"release (\d+)\.(\d+)", text)
+            number = re.search(r"V(\d+)\.(\d+)\.(\d+)", text)
             version = tuple(map(int, number.groups())) if number else ()
             found.append(Nvcc(source, path, version))
     return found
 
 
 def usable_nvcc() -> Nvcc | None:
-    return next((nvcc for nvcc in found_nvccs() if nvcc.version >= MIN_NVCC), None)
+    oldest, too_new, _ = cuda_build()
+    return next((nvcc for nvcc in found_nvccs() if oldest <= nvcc.version < too_new), None)
 
 
 def require_nvcc() -> Nvcc:
     nvcc = usable_nvcc()
     if nvcc is None:
         found = ", ".join(map(str, found_nvccs())) or "none in CUDA_HOME, on PATH or from PyPI"
+        if CUDA == "12.9":
+            # PyPI's wheels of CUDA 12 hold ptxas and no nvcc.
+            fail("nvcc", "CUDA 12.9", found, "export CUDA_HOME=/path/of/a/cuda-12.9/toolkit")
         quoted = " ".join(f'"{wheel}"' for wheel in NVCC_WHEELS)
-        fail("nvcc", "CUDA 13.0 or newer", found, f"{sys.executable} -m pip install {quoted}")
+        needed = "a CUDA 13 release, 13.0 or newer"
+        fail("nvcc", needed, found, f"{sys.executable} -m pip install {quoted}")
     return nvcc
 
 
@@ -186,6 +220,7 @@ class CMakeBuild(build_ext):
             self.call([cmake, "--build", str(tree), "--parallel", jobs])
         (output.parent / BUILD_INFO).write_text(
             '"""How the library beside this file was built. Written by setup.py."""\n\n'
+            f'REVISION = "{revision()}"\n'
             f'CUDA = "{".".join(map(str, nvcc.version))}"\n'
             f"TARGETS = {tuple('sm_' + arch for arch in archs.split(';'))}\n"
             f'TORCH_HEADERS = "{torch_version(torch)}"\n'
@@ -198,6 +233,14 @@ class CMakeBuild(build_ext):
             sys.exit(f"sm120_ops build: `{' '.join(command[:3])} ...` failed with exit code {code}")
 
 
+class SdistWithRevision(sdist):
+    """Adds the file REVISION, from which a wheel built of the sdist knows its commit."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        (Path(base_dir) / REVISION_FILE.name).write_text(revision() + "\n")
+
+
 class AnyPythonWheel(bdist_wheel):
     """Tags the wheel py3-none-<platform>: native code, but the same for every Python."""
 
@@ -206,16 +249,17 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def version() -> str:
+    """The version of sm120_ops/_version.py, with "+cu129" behind it in the build for that CUDA."""
     text = (ROOT / "sm120_ops" / "_version.py").read_text()
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
         raise RuntimeError("sm120_ops/_version.py has no __version__ line")
-    return match[1]
+    return match[1] + cuda_build()[2]
 
 
 def missing_tools() -> list[str]:
     """Build requirements that depend on the machine: a compiler where there is none."""
-    wanted = [] if usable_nvcc() else list(NVCC_WHEELS)
+    wanted = [] if usable_nvcc() or CUDA != "13" else list(NVCC_WHEELS)
     return wanted if shutil.which("cmake") else [*wanted, "cmake>=3.24"]
 
 
@@ -226,5 +270,9 @@ if __name__ == "__main__":
         # would fetch them itself, as eggs that nvcc does not work from.
         setup_requires=missing_tools() if "egg_info" in sys.argv else [],
         ext_modules=[Extension("sm120_ops._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+        cmdclass={
+            "build_ext": CMakeBuild,
+            "bdist_wheel": AnyPythonWheel,
+            "sdist": SdistWithRevision,
+        },
     )

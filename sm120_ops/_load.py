@@ -7,7 +7,9 @@ question whether there is a supported one comes up at the first call of an op on
 
 from __future__ import annotations
 
+import platform
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -47,8 +49,60 @@ def check_torch_version(version: str) -> None:
 check_torch_version(torch.__version__)
 
 
+# Machines of the ELF header's e_machine field that a wheel may have been built for.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+
+
+def _machine(library: Path) -> str | None:
+    """The processor that an ELF file is for; None if it is no ELF file."""
+    with open(library, "rb") as file:
+        header = file.read(20)
+    if len(header) < 20 or header[:4] != b"\x7fELF":
+        return None
+    (number,) = struct.unpack("<H", header[18:20])
+    return _MACHINES.get(number, f"ELF machine {number}")
+
+
+def _cure(library: Path, cause: str) -> str:
+    """What to do about a library that the dynamic linker refused with the text `cause`."""
+    again = "pip install --force-reinstall --no-deps sm120_ops-VERSION.whl"
+    machine = _machine(library)
+    if machine is None:
+        return f"the file is damaged or no library; run: {again} (in a source tree: make build)"
+    if machine != platform.machine():
+        return (
+            f"the library is for {machine} and this machine is {platform.machine()}; run: {again} "
+            "with the wheel for this platform"
+        )
+    if "GLIBC" in cause or "CXXABI" in cause:
+        return (
+            "the library was built on a newer system than this one; run: pip install the "
+            "manylinux_2_28 wheel (glibc 2.28 or newer), or pip install git+... to build it here"
+        )
+    if "undefined symbol" in cause or "libtorch" in cause:
+        return (
+            f"needed: {_TORCH} whose libraries are the ones of `import torch`; run: pip install "
+            f'--force-reinstall "torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"'
+        )
+    return f"needed: {_TORCH} on 64-bit Linux; run: {again}, or make build in a source tree"
+
+
+def _ops_without_kernel() -> list[str]:
+    """Ops that Python has declared and that the loaded library does not implement."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sm120::")]
+    return sorted(
+        name
+        for name in names
+        if not has(name, "CUDA") and not has(name, "CompositeExplicitAutograd")
+    )
+
+
 def load(library: Path = LIBRARY) -> None:
-    """Loads the compiled library once; ImportError with found, needed and what to run otherwise."""
+    """Loads the compiled library once; ImportError with found, needed and what to run otherwise.
+
+    The ops must be declared before: a library that does not implement all of them is refused.
+    """
     global _loaded
     if _loaded:
         return
@@ -66,8 +120,15 @@ def load(library: Path = LIBRARY) -> None:
         cause = error.__cause__ or error
         raise ImportError(
             f"sm120_ops: library: expected {library.name} to load, got: {cause}, with {here}; "
-            f"needed: {_TORCH} on x86-64 Linux, glibc no older than the wheel's platform tag; run: "
-            "pip install --force-reinstall --no-deps with a wheel for this platform, or make build "
-            "in a source tree"
+            f"{_cure(library, str(cause))}"
         ) from cause
+    missing = _ops_without_kernel()
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ImportError(
+            f"sm120_ops: library: expected {library} to implement every op of this package, got "
+            f"none for {len(missing)} of them ({named}): it belongs to another version or another "
+            f"package, with {here}; run: pip install --force-reinstall --no-deps with the wheel of "
+            "this version, or make build in a source tree"
+        )
     _loaded = True

@@ -24,8 +24,9 @@ EMULATED = "emulated (sm_90a)"
 CPU_REFERENCE = "CPU reference"
 UNSUPPORTED = "not supported"
 
-# The CUDA 13 runtime that is linked into the wheel talks to driver branch 580 or later.
-MIN_DRIVER = 580
+# The oldest driver branch for the CUDA runtime that is linked into the wheel, by its major version.
+# CUDA 12 runs on older drivers of 12.x too, and 570 is the first that knows SM120.
+MIN_DRIVERS = {13: 580, 12: 570}
 SUPPORTED_GPUS = (
     "compute capability 12.x (RTX 50 series, RTX PRO Blackwell, GB10: native kernels) or "
     "exactly 9.0 (H100, H200: the same kernels with an emulated block-scaled MMA)"
@@ -122,18 +123,25 @@ def target_for(capability: tuple[int, int] | None) -> Target:
     )
 
 
-def driver_problem(driver: str | None, cuda: str = "13.0") -> Problem | None:
+def min_driver(cuda: str) -> int:
+    """The oldest driver branch that a wheel built with this CUDA version runs on."""
+    return MIN_DRIVERS.get(int(cuda.partition(".")[0]), max(MIN_DRIVERS.values()))
+
+
+def driver_problem(driver: str | None, cuda: str) -> Problem | None:
     """The complaint about a driver too old for the CUDA runtime inside the wheel, if it is."""
     if driver is None:
         return None
     match = re.match(r"(\d+)", driver)
-    if match is None or int(match.group(1)) >= MIN_DRIVER:
+    wanted = min_driver(cuda)
+    if match is None or int(match.group(1)) >= wanted:
         return None
+    older = " Or install the +cu129 build of this wheel" if wanted > MIN_DRIVERS[12] else ""
     return Problem(
         found=f"NVIDIA driver {driver}",
-        needed=f"driver {MIN_DRIVER} or later, because the kernels are built with CUDA {cuda}",
-        run=f"sudo apt-get install nvidia-driver-{MIN_DRIVER}-open "
-        "(or your system's way, then reboot), and nvidia-smi to check",
+        needed=f"driver {wanted} or later, because the kernels are built with CUDA {cuda}",
+        run=f"sudo apt-get install nvidia-driver-{wanted}-open "
+        f"(or your system's way, then reboot), and nvidia-smi to check.{older}",
     )
 
 
@@ -149,6 +157,11 @@ def build_info() -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_") and isinstance(value, plain)
     }
+
+
+def built_cuda() -> str:
+    """Version of the CUDA toolkit that built the library; 13.0 in an unbuilt checkout."""
+    return str(build_info().get("cuda", "13.0"))
 
 
 def kernels_loaded() -> bool:
@@ -289,7 +302,8 @@ def _no_gpu_problem(nvml: _Nvml) -> Problem | None:
     return Problem(
         found=f"{name}, but torch.cuda.is_available() is False (torch CUDA {torch.version.cuda}, "
         f"driver {nvml.driver()})",
-        needed=f"a driver that torch can use ({MIN_DRIVER} or later) and a visible device",
+        needed=f"a driver that torch can use ({min_driver(built_cuda())} or later for these "
+        "kernels) and a visible device",
         run="nvidia-smi, and look at CUDA_VISIBLE_DEVICES",
     )
 
@@ -338,7 +352,7 @@ def describe(
     if wants_cpu:
         target = Target(CPU_REFERENCE, "CPU tensors run the plain PyTorch reference of every op")
     problems = [
-        driver_problem(driver, str(build_info().get("cuda", "13.0"))),
+        driver_problem(driver, built_cuda()),
         _library_problem(target),
     ]
     if index is None and init_cuda and not wants_cpu:

@@ -33,6 +33,10 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if {"toolchain", "wheel"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.source)
+        if item.get_closest_marker("source") and not (ROOT / "setup.py").is_file():
+            item.add_marker(pytest.mark.skip(reason="no source tree beside the tests"))
         if item.get_closest_marker("sanitizer") or item.get_closest_marker("determinism"):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and missing_gpu():

@@ -122,15 +122,23 @@ def test_describe_without_cuda() -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "old"), [("570.86.10", True), ("580.65.06", False), (None, False)]
+    ("driver", "cuda", "needed"),
+    [
+        ("570.86.10", "13.0.88", 580),
+        ("580.65.06", "13.0.88", None),
+        (None, "13.0.88", None),
+        ("570.86.10", "12.9.86", None),
+        ("550.54.14", "12.9.86", 570),
+    ],
 )
-def test_driver(driver: str | None, old: bool) -> None:
-    problem = device.driver_problem(driver, "13.0")
-    assert (problem is not None) == old
+def test_driver(driver: str | None, cuda: str, needed: int | None) -> None:
+    problem = device.driver_problem(driver, cuda)
+    assert (problem is not None) == (needed is not None)
     if problem is not None:
-        assert "570.86.10" in problem.found
-        assert "580" in problem.needed
-        assert "nvidia-driver-580" in problem.run
+        assert f"NVIDIA driver {driver}" in problem.found
+        assert f"driver {needed}" in problem.needed
+        assert f"nvidia-driver-{needed}" in problem.run
+        assert ("+cu129" in problem.run) == (needed == 580)
 
 
 def test_import_leaves_cuda_alone() -> None:

@@ -257,6 +257,7 @@ def test_expert_parallel_on_two_gpus(capacity: int | None) -> None:
     spawn(2, "nccl", capacity)
 
 
+@pytest.mark.source
 @pytest.mark.parametrize("options", [[], ["--capacity", "--format", "w4a8"]])
 def test_example(options: list[str]) -> None:
     script = Path(__file__).resolve().parents[1] / "examples" / "expert_parallel.py"

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.source
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_no_nvcc(setup_py: ModuleType) -> None:
     with pytest.raises(SystemExit) as raised:
         setup_py.require_nvcc()
     text = message(raised)
-    assert "nvcc: expected CUDA 13.0 or newer, got none" in text
+    assert "nvcc: expected a CUDA 13 release, 13.0 or newer, got none" in text
     assert "run: " in text
     assert '"nvidia-cuda-nvcc==13.0.88"' in text
 
@@ -53,7 +54,43 @@ def test_old_nvcc(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as raised:
         setup_py.require_nvcc()
-    assert f"got nvcc 12.8 at {nvcc} (CUDA_HOME)" in message(raised)
+    assert f"got nvcc 12.8.88 at {nvcc} (CUDA_HOME)" in message(raised)
+
+
+def test_cuda_12_9_build(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SM120_OPS_CUDA=12.9: that toolkit and no other, and a version that says so."""
+    monkeypatch.setattr(setup_py, "CUDA", "12.9")
+    assert setup_py.version().endswith("+cu129")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "new"))
+    fake_nvcc(tmp_path / "new", "13.0")
+    with pytest.raises(SystemExit) as raised:
+        setup_py.require_nvcc()
+    assert "nvcc: expected CUDA 12.9, got nvcc 13.0.88" in message(raised)
+    assert not [wheel for wheel in setup_py.missing_tools() if wheel.startswith("nvidia")]
+    nvcc = fake_nvcc(tmp_path / "old", "12.9")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    assert setup_py.require_nvcc().path == nvcc
+
+
+def test_unknown_cuda_build(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_py, "CUDA", "11")
+    with pytest.raises(SystemExit) as raised:
+        setup_py.version()
+    assert "SM120_OPS_CUDA: expected 13 or 12.9, got '11'" in message(raised)
+
+
+def test_revision(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the variable, else from the file that an sdist holds, else from git, else unknown."""
+    file = tmp_path / "REVISION"
+    monkeypatch.setattr(setup_py, "REVISION_FILE", file)
+    monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+    assert setup_py.revision() == ""
+    file.write_text("0123456789ab\n")
+    assert setup_py.revision() == "0123456789ab"
+    monkeypatch.setenv("SM120_OPS_REVISION", "ba9876543210")
+    assert setup_py.revision() == "ba9876543210"
 
 
 def test_missing_nvcc_is_a_build_requirement(setup_py: ModuleType, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/driver.h"
+
 namespace sm120 {
 namespace {
 
@@ -20,7 +22,7 @@ Encode find_encoder() {
     (void)cudaGetLastError();
     throw std::runtime_error(
         std::string("sm120_ops: the CUDA driver has no cuTensorMapEncodeTiled (") +
-        cudaGetErrorString(error) + "); a driver of version 580 or newer is needed");
+        cudaGetErrorString(error) + "); a driver of version " + kMinDriver + " or newer is needed");
   }
   return reinterpret_cast<Encode>(entry);
 }

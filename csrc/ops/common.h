@@ -21,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "host/driver.h"
 #include "host/math.h"
 
 // Defined in libtorch_cuda. Weak, so that the library also loads under a CPU-only torch, where no
@@ -288,7 +289,7 @@ inline cudaStream_t current_stream(int32_t device) {
 
 [[noreturn]] inline void fail_cuda(const char* op, const char* what, cudaError_t error) {
   throw std::runtime_error(cat("sm120_ops.", op, ": ", what, " failed: ", cudaGetErrorString(error),
-                               " (", cudaGetErrorName(error), ")"));
+                               " (", cudaGetErrorName(error), ")", cure(error)));
 }
 
 // Both take the error away from the runtime, so that the next call does not report it again.
