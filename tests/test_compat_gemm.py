@@ -55,15 +55,38 @@ def transposed(operand: Operand) -> Operand:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
 @pytest.mark.parametrize("form", SCALE_FORMS)
+@pytest.mark.parametrize("accumulate", [False, True])
 def test_dense_layouts(
-    device: torch.device, config: tuple[int, int, bool, bool], layout: str, form: str
+    device: torch.device,
+    config: tuple[int, int, bool, bool],
+    layout: str,
+    form: str,
+    accumulate: bool,
 ) -> None:
-    problem = Problem(device, 96, 160, 256, config, form)
-    a = transposed(problem.a) if layout[0] == "t" else problem.a
-    b = transposed(problem.b) if layout[1] == "n" else problem.b
-    for name in (f"fp8_fp4_gemm_{layout}", f"fp8_gemm_{layout}"):
-        problem.d.fill_(math.nan)
-        getattr(deep_gemm, name)(a, b, problem.d, **problem.options)
+    """Both names, both dtypes of D, which is strided, with C and without."""
+    for out_dtype in (BF16, FP32):
+        problem = Problem(device, 96, 160, 256, config, form, out_dtype, accumulate)
+        a = transposed(problem.a) if layout[0] == "t" else problem.a
+        b = transposed(problem.b) if layout[1] == "n" else problem.b
+        for name in (f"fp8_fp4_gemm_{layout}", f"fp8_gemm_{layout}"):
+            wide = torch.full((96, 165), 7.0, device=device, dtype=out_dtype)
+            problem.d = wide[:, 3:163]
+            getattr(deep_gemm, name)(a, b, problem.d, problem.c, **problem.options)
+            problem.check()
+            assert (wide[:, :3] == 7).all()
+            assert (wide[:, 163:] == 7).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("form_a", SCALE_FORMS)
+@pytest.mark.parametrize("form_b", SCALE_FORMS)
+def test_scale_forms_of_both_operands(
+    device: torch.device, config: tuple[int, int, bool, bool], form_a: str, form_b: str
+) -> None:
+    """Any two: the engines have packed weights, and activations as they come."""
+    for accumulate in (False, True):
+        problem = Problem(device, 33, 72, 384, config, form_a, BF16, accumulate, form_b)
+        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, problem.c, **problem.options)
         problem.check()
 
 
@@ -87,12 +110,17 @@ def test_dense_what_deep_gemm_gets_wrong(device: torch.device) -> None:
             problem.a, problem.b, wide[:, 5 : 5 + n], problem.c, **problem.options
         )
         problem.d = wide[:, 5 : 5 + n]
-        problem.check()
+        problem.check_exactly()
         assert (wide[:, :5] == 7).all()
         assert (wide[:, 5 + n :] == 7).all()
     for m, n in [(0, 128), (128, 0)]:
         problem = Problem(device, m, n, 128, config)
         deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d)
+    nothing = Problem(device, 8, 64, 0, config, accumulate=True)
+    deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, nothing.c, **nothing.options)
+    assert torch.equal(nothing.d, nothing.c)
+    deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, **nothing.options)
+    assert (nothing.d == 0).all()
     problem = Problem(device, 8, 128, 128, config)
     bad = problem.a[0], problem.a[1] * 1.5
     with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: sfa: expected float32 scales that are pow"):
