@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from op_cases_gemm import EXPERTS, K, N, contiguous_inputs, masked_inputs
-from op_cases_model import BLOCK, HEADS, KEYS, paged_inputs, ragged_inputs
+from op_cases_model import BLOCK, KEYS, paged_inputs, ragged_inputs
 from op_samples import Random, Tensors
 
 from sm120_ops.compat import deep_gemm
@@ -185,12 +185,8 @@ def k_grouped(name: str, data_a: Any, data_b: Any, scaled: bool = True) -> None:
     CALLS[name] = Call(make, call, ("d",))
 
 
-k_grouped(
-    "k_grouped_fp8_gemm_nt_contiguous", lambda r, n: r.fp8(K * n), lambda r, n: r.fp8(K * n)
-)
-k_grouped(
-    "k_grouped_fp8_gemm_tn_contiguous", lambda r, n: r.fp8(K, n), lambda r, n: r.fp8(K, n)
-)
+k_grouped("k_grouped_fp8_gemm_nt_contiguous", lambda r, n: r.fp8(K * n), lambda r, n: r.fp8(K * n))
+k_grouped("k_grouped_fp8_gemm_tn_contiguous", lambda r, n: r.fp8(K, n), lambda r, n: r.fp8(K, n))
 k_grouped(
     "k_grouped_bf16_gemm_tn_contiguous",
     lambda r, n: r.bf16(K, n),

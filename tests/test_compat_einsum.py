@@ -157,7 +157,7 @@ SIZES = [[128, 256, 384], [0, 128, 0], [640]]
 
 
 def by_channel(x: torch.Tensor, ks: list[int], layout: str, gran_k: int, fp4: bool) -> Operand:
-    """[sum_k, rows], groups of K down the columns, as k_grouped_* takes it; scales [groups, rows]."""
+    """[sum_k, rows] with groups of K down the columns -> what k_grouped_* takes."""
     parts = [quantised(part.t(), gran_k, fp4) for part in x.split(ks)]
     sf = torch.cat([part[1].t() for part in parts])
     data = [part[0] for part in parts]
@@ -206,9 +206,7 @@ def test_k_grouped(
             wanted = torch.stack(products) + (c if accumulate else 0)
             added = c.clone() if accumulate else None
             d = added if in_place else torch.empty(len(ks), M, N, device=device, dtype=dtype)
-            run(
-                (a, scales[0]), (b, scales[1]), d, ks, ks_tensor, added, recipe=(1, 1, gran_k)
-            )
+            run((a, scales[0]), (b, scales[1]), d, ks, ks_tensor, added, recipe=(1, 1, gran_k))
             for group, k in enumerate(ks):
                 assert calc_diff(d[group], wanted[group]) < (limit if k else 1e-12)
 
@@ -233,19 +231,19 @@ def test_k_grouped_refusals(device: torch.device) -> None:
     run = deep_gemm.k_grouped_bf16_gemm_tn_contiguous
     with refused("ks: expected 2 group sizes, as d has groups, got .256."):
         run(x, x, d, [256], ks_tensor)
-    with refused("ks: expected sizes >= 0 with the sum 256"):
+    with refused("ks: expected sizes with the sum 256"):
         run(x, x, d, [128, 64], ks_tensor)
     with refused("use_psum_layout: expected False"):
         run(x, x, d, [128, 128], ks_tensor, use_psum_layout=True)
     a = by_channel(x, [128, 128], "tn", 128, False)
     scaled = deep_gemm.k_grouped_fp8_gemm_tn_contiguous
-    with refused("tn_contiguous: ks: expected multiples of 16, got .120, 136."):
+    with refused("tn_contiguous: ks: expected multiples of 16, none negative, got .120, 136."):
         scaled(a, a, d, [120, 136], ks_tensor)
     with refused("tn_contiguous: sfa: expected float32 scales that are powers of two"):
         scaled((a[0], a[1] * 3), a, d, [128, 128], ks_tensor)
     with refused(r"tn_contiguous: sfb: expected shape \[2, 48\], or its transpose, got \[1, 48\]"):
         scaled(a, (a[0], a[1][:1]), d, [128, 128], ks_tensor)
-    with refused("tn_contiguous: recipe: expected .1, 1, gran_k."):
+    with refused("tn_contiguous: recipe: expected .1, 1, 32. or .1, 1, 128."):
         scaled(a, a, d, [128, 128], ks_tensor, recipe=(1, 128, 128))
-    with refused("nt_contiguous: a: expected 1 dimensions"):
+    with refused("nt_contiguous: a: expected a and b of 1 dimensions, d of 3"):
         deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, a, d, [128, 128], ks_tensor)

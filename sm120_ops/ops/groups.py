@@ -77,7 +77,7 @@ def prepare_groups(
 def pack_group_scales(
     op: str, arg: str, scale: torch.Tensor, rows: int, gran_mn: int, validate: bool
 ) -> torch.Tensor:
-    """float32 or byte scales [groups, ceil(rows / gran_mn), columns] -> packed [groups, rows, words].
+    """float32 or byte scales [G, ceil(rows / gran_mn), columns] -> packed int32 [G, rows, words].
 
     One matrix of all groups is packed; each group must begin at a multiple of 4 rows in it.
     """

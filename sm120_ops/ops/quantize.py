@@ -302,7 +302,7 @@ def decode(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if data.dtype == torch.float8_e4m3fn:
         codes = torch.arange(256, dtype=torch.uint8, device=data.device)
         return codes.view(torch.float8_e4m3fn).to(dtype)[indices]
-    # E2M1 is the head of a float16 that is 2^14 too small, subnormals too: sign, exponent, mantissa.
+    # E2M1 is the head of a float16 2^14 times as small: sign, exponent, mantissa, subnormals too.
     # (torch converts its own FP4 dtype to nothing.)
     codes = torch.arange(16, dtype=torch.int32, device=data.device)
     bits = (codes & 8) << 12 | (codes & 7) << 9

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from ... import _check
-from ...ops.layout import FP4_DTYPES, as_bytes, ceil_div, check_powers_of_two
+from ...ops.layout import FP4_DTYPES, as_bytes, check_powers_of_two
+from ...ops.quantize import GRANS_K
 from .gemm import Operand, reject_extras
-from .layout import SCALE_DTYPES, Recipe, name_of, recipes
+from .layout import Recipe, name_of
 from .runtime import skips
 
 _k_grouped_out = torch.ops.sm120.k_grouped_gemm.out
@@ -24,30 +25,28 @@ _bf16_gemm_out = torch.ops.sm120.bf16_gemm.out
 def _check_groups(
     op: str, ks: Sequence[int], d: torch.Tensor, total: int, step: int, use_psum_layout: bool
 ) -> None:
-    _check.require(not use_psum_layout, name_of(op), "use_psum_layout", "False", use_psum_layout)
-    _check.require_tensor(name_of(op), "d", d, rank=3)
+    if use_psum_layout:
+        _check.fail(name_of(op), "use_psum_layout", "False", use_psum_layout)
     if len(ks) != d.shape[0]:
         _check.fail(name_of(op), "ks", f"{d.shape[0]} group sizes, as d has groups", list(ks))
-    if min(ks, default=0) < 0 or sum(ks) != total:
-        _check.fail(name_of(op), "ks", f"sizes >= 0 with the sum {total}", list(ks))
-    if any(k % step != 0 for k in ks):
-        _check.fail(name_of(op), "ks", f"multiples of {step}", list(ks))
+    if sum(ks) != total:
+        _check.fail(name_of(op), "ks", f"sizes with the sum {total}", list(ks))
+    if [k for k in ks if k < 0 or k % step != 0]:
+        _check.fail(name_of(op), "ks", f"multiples of {step}, none negative", list(ks))
 
 
 def _scales(
-    name: str, arg: str, sf: torch.Tensor, ks: Sequence[int], mn: int, gran_k: int
+    op: str, arg: str, sf: torch.Tensor, ks: Sequence[int], mn: int, gran_k: int
 ) -> torch.Tensor:
-    """[rows, mn] with mn contiguous, of scales in that shape or, as DeepGEMM's tests, transposed."""
-    _check.require_tensor(name, arg, sf, rank=2)
-    _check.require_dtype(name, arg, sf, SCALE_DTYPES)
-    per_row = 4 * gran_k if sf.dtype == torch.int32 else gran_k
-    shape = (sum(ceil_div(k, per_row) for k in ks), mn)
-    if tuple(sf.shape) != shape:
-        if tuple(sf.t().shape) != shape:
-            _check.fail(name, arg, f"shape {list(shape)}, or its transpose", sf.shape)
+    """[rows, mn] with mn contiguous, of scales in that shape or, as DeepGEMM takes too, turned."""
+    per_row = 4 * gran_k if sf.dtype is torch.int32 else gran_k
+    shape = (sum([-(-k // per_row) for k in ks]), mn)
+    if sf.shape != shape:
+        if sf.shape[::-1] != shape:
+            _check.fail(name_of(op), arg, f"shape {list(shape)}, or its transpose", sf.shape)
         sf = sf.t()
-    if sf.dtype == torch.float32 and not torch.compiler.is_compiling():
-        check_powers_of_two(name, arg, sf.t())
+    if sf.dtype is torch.float32 and not torch.compiler.is_compiling():
+        check_powers_of_two(name_of(op), arg, sf.t())
     return sf if sf.stride(1) == 1 else sf.contiguous()
 
 
@@ -64,29 +63,28 @@ def _block_scaled(
     use_psum_layout: bool,
     epilogue: object,
 ) -> None:
-    name = name_of(op)
     if epilogue is not None:
         reject_extras(op, None, epilogue)
-    _check.require_no_grad(name, c=c)
-    data = {"a": a[0], "b": b[0]}
-    for arg, tensor in data.items():
-        _check.require_tensor(name, arg, tensor, rank=rank)
-        _check.require_dtype(name, arg, tensor, (torch.float8_e4m3fn, *FP4_DTYPES))
-        if tensor.dtype in FP4_DTYPES:
-            data[arg] = as_bytes(tensor)
-    for_a, for_b = recipes(op, b[1], recipe, None, None)
-    if for_a[0] != 1 or for_b[0] != 1:
-        _check.fail(name, "recipe", "(1, 1, gran_k)", tuple(recipe))
-    _check.require_tensor(name, "d", d, rank=3)
-    fp4 = [tensor.dtype != torch.float8_e4m3fn for tensor in data.values()]
-    m, n = d.shape[1:]
-    total = data["a"].shape[0]
-    if rank == 1:
-        total = (1 + fp4[0]) * total // max(m, 1)
-    _check_groups(op, ks, d, total, 32 if any(fp4) else 16, use_psum_layout)
-    sfa = _scales(name, "sfa", a[1], ks, m, for_a[1])
-    sfb = _scales(name, "sfb", b[1], ks, n, for_b[1])
-    _k_grouped_out(data["a"], sfa, data["b"], sfb, ks_tensor, for_a[1], for_b[1], c, out=d)
+    (a_data, sfa), (b_data, sfb) = a, b
+    if a_data.dim() != rank or b_data.dim() != rank or d.dim() != 3:
+        shapes = f"a {list(a_data.shape)}, b {list(b_data.shape)}, d {list(d.shape)}"
+        _check.fail(name_of(op), "a", f"a and b of {rank} dimensions, d of 3", shapes)
+    if c is not None:
+        _check.require_no_grad(name_of(op), c=c)
+    if len(recipe) != 3 or recipe[0] != 1 or recipe[1] != 1 or recipe[2] not in GRANS_K:
+        choices = " or ".join(f"(1, 1, {gran_k})" for gran_k in GRANS_K)
+        _check.fail(name_of(op), "recipe", choices, tuple(recipe))
+    _, m, n = d.shape
+    total, step = a_data.shape[0], 16
+    if a_data.dtype in FP4_DTYPES:
+        a_data, step = as_bytes(a_data), 32
+        total = total if rank == 2 else 2 * total
+    if b_data.dtype in FP4_DTYPES:
+        b_data, step = as_bytes(b_data), 32
+    _check_groups(op, ks, d, total if rank == 2 else total // max(m, 1), step, use_psum_layout)
+    sfa = _scales(op, "sfa", sfa, ks, m, recipe[2])
+    sfb = _scales(op, "sfb", sfb, ks, n, recipe[2])
+    _k_grouped_out(a_data, sfa, b_data, sfb, ks_tensor, recipe[2], recipe[2], c, out=d)
 
 
 def k_grouped_fp8_gemm_nt_contiguous(
@@ -108,7 +106,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
             the other, FP4 packed along K. scale: float32 or bytes [sum of ceil(k_g / gran_k), M],
             or packed int32 [sum of ceil(k_g / (4 gran_k)), M], or either transposed.
         b: likewise with N rows.
-        d: bfloat16 or float32 [G, M, N], last stride 1; written. A group of no tokens gives C, or 0.
+        d: bfloat16 or float32 [G, M, N], last stride 1; written. A group of no tokens gives C or 0.
         ks: K of each group, multiples of 16, or of 32 with an FP4 operand.
         ks_tensor: the same on the device, int32 [G].
         c: of D's shape and dtype, D itself included; None (which DeepGEMM refuses) for no C.
@@ -158,6 +156,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
         return
     reject_extras(op, None, epilogue)
     _check.require_no_grad(name_of(op), a=a, b=b, c=c)
+    _check.require_tensor(name_of(op), "d", d, rank=3)
     _check_groups(op, ks, d, a.shape[0], 1, use_psum_layout)
     start = 0
     for g, k in enumerate(ks):
