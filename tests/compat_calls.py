@@ -15,7 +15,9 @@ from op_cases_gemm import EXPERTS, K, N, contiguous_inputs, masked_inputs
 from op_cases_model import BLOCK, KEYS, paged_inputs, ragged_inputs
 from op_samples import Random, Tensors
 
-from sm120_ops.compat import deep_gemm
+from sm120_ops.compat import deep_gemm as typed
+
+deep_gemm: Any = typed  # a call's arguments are put together from parts
 
 ALIGNMENT = 16  # of the groups in contiguous_inputs()
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -220,11 +222,11 @@ CALLS["fp8_einsum"] = Call(
 )
 
 
-def ragged(t: Tensors) -> tuple[Any, ...]:
+def ragged(t: Tensors) -> Any:
     return (t["k"], t["k_scale"]), t["weights"], t["starts"], t["ends"]
 
 
-def paged(t: Tensors) -> tuple[Any, ...]:
+def paged(t: Tensors) -> Any:
     return t["kv_cache"], t["weights"], t["context_lens"], t["block_table"], t["metadata"], KEYS
 
 
@@ -297,19 +299,20 @@ CALLS["get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor"] = Call(
         t["sf"], t["ks"], SIZES, 32
     ),
 )
-for _cast in ("per_token_cast_to_fp8", "per_block_cast_to_fp8", "per_token_cast_to_fp4"):
-    CALLS[_cast] = Call(
-        lambda r, rows: {"x": r.bf16(rows, K)},
-        lambda t, cast=_cast: getattr(deep_gemm, cast)(t["x"], True, 32),
+
+
+def cast(name: str, *args: Any, turned: bool = False) -> None:
+    CALLS[name] = Call(
+        lambda r, rows: {"x": r.bf16(64, rows) if turned else r.bf16(rows, K)},
+        lambda t: getattr(deep_gemm, name)(t["x"], *args),
     )
-CALLS["per_channel_cast_to_fp8"] = Call(
-    lambda r, rows: {"x": r.bf16(64, rows)},
-    lambda t: deep_gemm.per_channel_cast_to_fp8(t["x"], True, 32),
-)
-CALLS["per_custom_dims_cast_to_fp8"] = Call(
-    lambda r, rows: {"x": r.bf16(rows, K)},
-    lambda t: deep_gemm.per_custom_dims_cast_to_fp8(t["x"], (0,), True),
-)
+
+
+cast("per_token_cast_to_fp8", True, 32)
+cast("per_block_cast_to_fp8", True, 32)
+cast("per_token_cast_to_fp4", True, 32)
+cast("per_channel_cast_to_fp8", True, 32, turned=True)
+cast("per_custom_dims_cast_to_fp8", (0,), True)
 CALLS["cast_back_from_fp8"] = Call(
     lambda r, rows: {"data": r.fp8(rows, K), "sf": r.powers(rows, K // 32)},
     lambda t: deep_gemm.cast_back_from_fp8(t["data"], t["sf"], 32),

@@ -240,7 +240,7 @@ def test_heads_and_dimensions(device: torch.device, is_fp4: bool, heads: int, di
 
 @pytest.mark.parametrize("next_n", [4, 11])
 def test_one_length_for_all_rows_of_a_sequence(device: torch.device, next_n: int) -> None:
-    """context_lens [B], that of the last row, a key less for each before it: DeepGEMM's has none."""
+    """context_lens [B], that of the last row; each row before it sees a key less."""
     case = Paged(device, [100, 30], next_n, False)
     meta = deep_gemm.get_paged_mqa_logits_metadata(case.lens, BLOCK, 5)
     last = case.lens[:, -1].contiguous()

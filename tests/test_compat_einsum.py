@@ -204,8 +204,8 @@ def test_k_grouped(
             (True, False, FP32), (True, True, FP32), (False, False, FP32), (False, False, BF16)
         ):  # fmt: skip
             wanted = torch.stack(products) + (c if accumulate else 0)
-            added = c.clone() if accumulate else None
-            d = added if in_place else torch.empty(len(ks), M, N, device=device, dtype=dtype)
+            d = torch.empty(len(ks), M, N, device=device, dtype=dtype)
+            added = (d.copy_(c) if in_place else c.clone()) if accumulate else None
             run((a, scales[0]), (b, scales[1]), d, ks, ks_tensor, added, recipe=(1, 1, gran_k))
             for group, k in enumerate(ks):
                 assert calc_diff(d[group], wanted[group]) < (limit if k else 1e-12)

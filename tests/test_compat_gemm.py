@@ -112,6 +112,7 @@ def test_dense_what_deep_gemm_gets_wrong(device: torch.device) -> None:
         deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d)
     nothing = Problem(device, 8, 64, 0, config, accumulate=True)
     deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, nothing.c, **nothing.options)
+    assert nothing.c is not None
     assert torch.equal(nothing.d, nothing.c)
     deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, **nothing.options)
     assert (nothing.d == 0).all()

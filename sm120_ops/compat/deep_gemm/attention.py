@@ -140,7 +140,8 @@ def fp8_fp4_paged_mqa_logits(
     q_data, q_scale = q
     if q_data.shape[1] > MAX_NEXT_N:
         next_n = q_data.shape[1]
-        q_data, q_scale = (x if x is None else x.flatten(0, 1)[:, None] for x in q)
+        q_data = q_data.flatten(0, 1)[:, None]
+        q_scale = None if q_scale is None else q_scale.flatten(0, 1)[:, None]
         context_lens = row_lengths(context_lens, next_n)[:, None]
         sequences = torch.arange(block_table.shape[0], dtype=torch.int32, device=q_data.device)
         indices = sequences.repeat_interleave(next_n)
