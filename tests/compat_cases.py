@@ -19,7 +19,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 Operand = tuple[torch.Tensor, torch.Tensor]
 Recipe = tuple[int, int]
 
-# (gran_k of A, of B, A is FP4, B is FP4): the tolerance. The first four are those of its tests.
+# (gran_k of A, of B, A is FP4, B is FP4): the tolerance. The first four are DeepGEMM's own; it
+# tests no others, and FP4 with a scale for 128 values is coarser.
 CONFIGS = {
     (128, 128, False, False): 0.001,
     (32, 32, True, True): 0.02,
@@ -28,9 +29,9 @@ CONFIGS = {
     (32, 32, False, False): 0.001,
     (128, 32, False, False): 0.001,
     (32, 128, False, False): 0.001,
-    (128, 128, True, True): 0.02,
+    (128, 128, True, True): 0.03,
     (32, 32, False, True): 0.01,
-    (128, 128, True, False): 0.01,
+    (128, 128, True, False): 0.015,
 }
 SCALE_FORMS = ("float32", "packed", "bytes", "e8m0")
 

@@ -120,6 +120,19 @@ def test_dense_what_deep_gemm_gets_wrong(device: torch.device) -> None:
     bad = problem.a[0], problem.a[1] * 1.5
     with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: sfa: expected float32 scales that are pow"):
         deep_gemm.fp8_gemm_nt(bad, problem.b, problem.d)
+    c = problem.d
+    calls: list[Any] = [
+        lambda a: deep_gemm.fp8_gemm_nt(a, problem.b, problem.d),
+        lambda a: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, problem.b, problem.d, problem.d),
+        lambda a: deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, problem.b, c, [], c),
+    ]
+    for call in calls:
+        for operand, text in (
+            (problem.a[0], "a: expected a pair .data, scale., got Tensor"),
+            ((problem.a[0], None), "sfa: expected a torch.Tensor, got NoneType"),
+        ):
+            with refused(text, TypeError):
+                call(operand)
     with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: alpha: expected None"):
         deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, alpha=2.0)
     with refused("expected recipe, or recipe_a and recipe_b"):

@@ -11,6 +11,7 @@ that is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from .layout import Recipe, name_of, recipes, required
 from .runtime import skips
 
 Operand = tuple[torch.Tensor, torch.Tensor]
+_PAIR = (tuple, list)
 
 _gemm_out = torch.ops.sm120.gemm.out
 
@@ -30,6 +32,21 @@ def reject_extras(op: str, alpha: object, epilogue: object) -> None:
     for arg, value in (("alpha", alpha), ("epilogue", epilogue)):
         if value is not None:
             _check.fail(name_of(op), arg, "None (this package has no such epilogue)", value)
+
+
+def unpaired(
+    op: str, a: Any, b: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A's data and scale, B's data and scale."""
+    for operand in (a, b):
+        if not isinstance(operand, _PAIR) or len(operand) != 2:
+            arg = "a" if operand is a else "b"
+            _check.fail_type(name_of(op), arg, "a pair (data, scale)", type(operand).__name__)
+    (a_data, sfa), (b_data, sfb) = a, b
+    if not (isinstance(sfa, torch.Tensor) and isinstance(sfb, torch.Tensor)):
+        _check.require_tensor(name_of(op), "sfa", sfa)
+        _check.require_tensor(name_of(op), "sfb", sfb)
+    return a_data, sfa, b_data, sfb
 
 
 def k_major(data: torch.Tensor) -> torch.Tensor:
@@ -69,10 +86,7 @@ def _dense(
     recipe_a: Recipe | None,
     recipe_b: Recipe | None,
 ) -> None:
-    for arg, operand in (("a", a), ("b", b)):
-        if not isinstance(operand, tuple | list) or len(operand) != 2:
-            _check.fail_type(name_of(op), arg, "a pair (data, scale)", type(operand).__name__)
-    (a_data, sfa), (b_data, sfb) = a, b
+    a_data, sfa, b_data, sfb = unpaired(op, a, b)
     if c is not None:
         _check.require_no_grad(name_of(op), c=c)
     default = recipe is None and recipe_a is None and recipe_b is None

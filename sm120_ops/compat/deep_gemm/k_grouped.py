@@ -14,7 +14,7 @@ import torch
 from ... import _check
 from ...ops.layout import FP4_DTYPES, as_bytes, check_powers_of_two
 from ...ops.quantize import GRANS_K
-from .gemm import Operand, reject_extras
+from .gemm import Operand, reject_extras, unpaired
 from .layout import Recipe, name_of
 from .runtime import skips
 
@@ -35,17 +35,19 @@ def _check_groups(
         _check.fail(name_of(op), "ks", f"multiples of {step}, none negative", list(ks))
 
 
-def _scales(
-    op: str, arg: str, sf: torch.Tensor, ks: Sequence[int], mn: int, gran_k: int
-) -> torch.Tensor:
-    """[rows, mn] with mn contiguous, of scales in that shape or, as DeepGEMM takes too, turned."""
+def _rows(sf: torch.Tensor, ks: Sequence[int], gran_k: int) -> int:
+    """Of scales: each group begins a new one."""
     per_row = 4 * gran_k if sf.dtype is torch.int32 else gran_k
-    shape = (sum([-(-k // per_row) for k in ks]), mn)
-    if sf.shape != shape:
-        if sf.shape[::-1] != shape:
-            _check.fail(name_of(op), arg, f"shape {list(shape)}, or its transpose", sf.shape)
+    return sum([-(-k // per_row) for k in ks])
+
+
+def _scales(op: str, arg: str, sf: torch.Tensor, rows: int, mn: int) -> torch.Tensor:
+    """[rows, mn] with mn contiguous, of scales in that shape or, as DeepGEMM takes too, turned."""
+    if sf.shape != (rows, mn):
+        if sf.shape != (mn, rows):
+            _check.fail(name_of(op), arg, f"shape {[rows, mn]}, or its transpose", sf.shape)
         sf = sf.t()
-    if sf.dtype is torch.float32 and not torch.compiler.is_compiling():
+    if sf.dtype is torch.float32:
         check_powers_of_two(name_of(op), arg, sf.t())
     return sf if sf.stride(1) == 1 else sf.contiguous()
 
@@ -65,7 +67,7 @@ def _block_scaled(
 ) -> None:
     if epilogue is not None:
         reject_extras(op, None, epilogue)
-    (a_data, sfa), (b_data, sfb) = a, b
+    a_data, sfa, b_data, sfb = unpaired(op, a, b)
     if a_data.dim() != rank or b_data.dim() != rank or d.dim() != 3:
         shapes = f"a {list(a_data.shape)}, b {list(b_data.shape)}, d {list(d.shape)}"
         _check.fail(name_of(op), "a", f"a and b of {rank} dimensions, d of 3", shapes)
@@ -82,9 +84,12 @@ def _block_scaled(
     if b_data.dtype in FP4_DTYPES:
         b_data, step = as_bytes(b_data), 32
     _check_groups(op, ks, d, total if rank == 2 else total // max(m, 1), step, use_psum_layout)
-    sfa = _scales(op, "sfa", sfa, ks, m, recipe[2])
-    sfb = _scales(op, "sfb", sfb, ks, n, recipe[2])
-    _k_grouped_out(a_data, sfa, b_data, sfb, ks_tensor, recipe[2], recipe[2], c, out=d)
+    gran_k = recipe[2]
+    rows = _rows(sfa, ks, gran_k)
+    rows_b = rows if sfb.dtype is sfa.dtype else _rows(sfb, ks, gran_k)
+    sfa = _scales(op, "sfa", sfa, rows, m)
+    sfb = _scales(op, "sfb", sfb, rows_b, n)
+    _k_grouped_out(a_data, sfa, b_data, sfb, ks_tensor, gran_k, gran_k, c, out=d)
 
 
 def k_grouped_fp8_gemm_nt_contiguous(
