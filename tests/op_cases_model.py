@@ -127,9 +127,10 @@ def routed(results: list[torch.Tensor]) -> list[torch.Tensor]:
 both(
     "moe_route",
     route_inputs,
-    lambda t: (t["x"], t["topk_ids"], EXPERTS, "mxfp8", 32, 16),
+    # FP4: opcheck compares padding rows too, and to it a NaN is never the same.
+    lambda t: (t["x"], t["topk_ids"], EXPERTS, "mxfp4", 32, 16),
     outputs=lambda r, t: {
-        "out": r.poison(capacity(t["x"].shape[0]), HIDDEN, dtype=torch.float8_e4m3fn),
+        "out": r.poison(capacity(t["x"].shape[0]), HIDDEN // 2, dtype=torch.uint8),
         "out_scale": torch.zeros(
             1, capacity(t["x"].shape[0]), dtype=torch.int32, device=r.device
         ).t(),

@@ -304,7 +304,7 @@ def test_layouts(device: torch.device, shape: tuple[int, ...]) -> None:
         assert again is out
 
 
-@pytest.mark.parametrize("gran_mn", [32, 128])
+@pytest.mark.parametrize("gran_mn", [5, 32, 64, 128])
 @pytest.mark.parametrize("mn", [96, 200, 256])
 def test_block_scales_are_spread(device: torch.device, gran_mn: int, mn: int) -> None:
     blocks = -(-mn // gran_mn)
@@ -347,7 +347,7 @@ def test_layout_refusals(device: torch.device) -> None:
         transform(sf, 8, 256, (1, 128, 128))
     with refused(name + "is_sfa: expected None with a recipe of two"):
         transform(sf, 8, 256, (1, 128), is_sfa=True)
-    with refused(name + r"recipe: expected gran_mn of \[1, 32, 128\] and gran_k of \[32, 128\]"):
+    with refused(name + r"recipe: expected a positive gran_mn and gran_k of \[32, 128\]"):
         transform(sf, 8, 256, (1, 64))
     with refused(name + "sf: expected dtype", TypeError):
         transform(sf.half(), 8, 256, (1, 128))

@@ -24,11 +24,20 @@ def fp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 class Ragged:
-    def __init__(self, device: torch.device, rows: int, keys: int, is_fp4: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rows: int,
+        keys: int,
+        is_fp4: bool,
+        heads: int = HEADS,
+        dim: int = DIM,
+    ) -> None:
         torch.manual_seed(rows)
-        q = torch.randn(rows, HEADS, DIM, device=device, dtype=BF16)
-        k = torch.randn(keys, DIM, device=device, dtype=BF16)
-        self.weights = torch.randn(rows, HEADS, device=device)
+        q = torch.randn(rows, heads, dim, device=device, dtype=BF16)
+        k = torch.randn(keys, dim, device=device, dtype=BF16)
+        # Rows further apart than they are long, as a slice of what a projection gives.
+        self.weights = torch.randn(rows, 2 * heads, device=device)[:, :heads]
         self.starts = torch.randint(0, keys // 2, (rows,), device=device, dtype=torch.int32)
         self.ends = self.starts + torch.randint(
             0, keys // 2, (rows,), device=device, dtype=torch.int32
@@ -107,12 +116,19 @@ def test_mqa_logits_legacy(device: torch.device) -> None:
 
 class Paged:
     def __init__(
-        self, device: torch.device, lens: list[int], next_n: int, is_fp4: bool, varlen: bool = False
+        self,
+        device: torch.device,
+        lens: list[int],
+        next_n: int,
+        is_fp4: bool,
+        heads: int = HEADS,
+        dim: int = DIM,
+        block: int = BLOCK,
     ) -> None:
         torch.manual_seed(next_n)
-        batch, blocks = len(lens), sum(-(-n // BLOCK) for n in lens) + 3
-        keys = torch.randn(blocks, BLOCK, DIM, device=device, dtype=BF16)
-        q = torch.randn(batch, next_n, HEADS, DIM, device=device, dtype=BF16)
+        batch, blocks = len(lens), sum(-(-n // block) for n in lens) + 3
+        keys = torch.randn(blocks, block, dim, device=device, dtype=BF16)
+        q = torch.randn(batch, next_n, heads, dim, device=device, dtype=BF16)
         if is_fp4:
             data, scale, values = fp4(keys)
             q_data, q_scale, q_values = fp4(q)
@@ -125,17 +141,18 @@ class Paged:
             self.q = (q.to(torch.float8_e4m3fn), None)
             q_values = self.q[0].float()
         width = data.shape[-1]
-        pages = torch.empty(blocks, BLOCK * (width + 4), dtype=torch.uint8, device=device)
-        pages[:, : BLOCK * width] = data.view(torch.uint8).flatten(1)
-        pages[:, BLOCK * width :] = scale.contiguous().view(torch.uint8).flatten(1)
-        self.cache = pages.view(blocks, BLOCK, 1, width + 4)
-        self.weights = torch.randn(batch * next_n, HEADS, device=device)
+        pages = torch.empty(blocks, block * (width + 4) + 64, dtype=torch.uint8, device=device)
+        pages = pages[:, :-64]  # pages may be further apart than they are long
+        pages[:, : block * width] = data.view(torch.uint8).flatten(1)
+        pages[:, block * width :] = scale.contiguous().view(torch.uint8).flatten(1)
+        self.cache = pages.unflatten(1, (block, 1, width + 4))
+        self.weights = torch.randn(batch * next_n, heads, device=device)
         self.columns = max(lens) + 10
-        per_row = -(-self.columns // BLOCK)
+        per_row = -(-self.columns // block)
         order = torch.randperm(blocks).tolist()
         table = torch.zeros(batch, per_row, dtype=torch.int32)
         for b, n in enumerate(lens):
-            for i in range(-(-n // BLOCK)):
+            for i in range(-(-n // block)):
                 table[b, i] = order.pop()
         self.table = table.to(device)
         self.lens = torch.tensor(
@@ -144,18 +161,18 @@ class Paged:
         )  # fmt: skip
         flat_k = values[self.table.long()].flatten(1, 2)[:, : self.columns]
         scores = torch.einsum("bnhd,bkd->bnhk", q_values.double(), flat_k.double()).relu()
-        weights = self.weights.view(batch, next_n, HEADS, 1).double()
+        weights = self.weights.view(batch, next_n, heads, 1).double()
         self.wanted = (scores * weights).sum(2).flatten(0, 1)
         positions = torch.arange(self.wanted.shape[1], device=device)
         self.inside = positions < self.lens.flatten()[:, None]
 
-    def check(self, logits: torch.Tensor) -> None:
+    def check(self, logits: torch.Tensor, limit: float = LIMIT) -> None:
         got = logits[:, : self.wanted.shape[1]]
-        assert calc_diff(got[self.inside], self.wanted[self.inside]) < LIMIT
+        assert calc_diff(got[self.inside], self.wanted[self.inside]) < limit
 
 
 @pytest.mark.parametrize("is_fp4", [False, True])
-@pytest.mark.parametrize("next_n", [1, 2, 3])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 5, 8, 9, 13])
 def test_paged_mqa_logits(device: torch.device, is_fp4: bool, next_n: int) -> None:
     case = Paged(device, [1, 70, 200, 64], next_n, is_fp4)
     meta = deep_gemm.get_paged_mqa_logits_metadata(case.lens, BLOCK, 6)
@@ -181,12 +198,64 @@ def test_paged_mqa_logits(device: torch.device, is_fp4: bool, next_n: int) -> No
 
 @pytest.mark.parametrize("is_fp4", [False, True])
 def test_paged_mqa_logits_varlen(device: torch.device, is_fp4: bool) -> None:
+    """Then with two neighbouring tokens of one sequence, whose block table is the same."""
     case = Paged(device, [100, 101, 60], 1, is_fp4)
     indices = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
     meta = deep_gemm.get_paged_mqa_logits_metadata(case.lens, BLOCK, 4, indices=indices)
     args = (case.q, case.cache, case.weights, case.lens, case.table, meta, case.columns)
     case.check(deep_gemm.fp8_fp4_paged_mqa_logits(*args, indices=indices))
     case.check(deep_gemm.fp8_fp4_paged_mqa_logits(*args, indices))
+    pair = Paged(device, [64, 65], 1, is_fp4)
+    apart = deep_gemm.fp8_fp4_paged_mqa_logits(
+        pair.q, pair.cache, pair.weights, pair.lens, pair.table[[1, 1]], None, 65
+    )
+    indices = torch.tensor([4, 4], dtype=torch.int32, device=device)
+    meta = deep_gemm.get_paged_mqa_logits_metadata(pair.lens, BLOCK, 4, indices=indices)
+    joint = deep_gemm.fp8_fp4_paged_mqa_logits(
+        pair.q, pair.cache, pair.weights, pair.lens, pair.table[[1, 1]], meta, 65, indices=indices
+    )
+    assert torch.equal(joint[0, :64], apart[0, :64])
+    assert torch.equal(joint[1], apart[1])
+
+
+HEAD_COUNTS, DIMS, BLOCKS = (8, 16, 32, 64, 128), (32, 64, 128), (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("is_fp4", [False, True])
+@pytest.mark.parametrize("heads", HEAD_COUNTS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_heads_and_dimensions(device: torch.device, is_fp4: bool, heads: int, dim: int) -> None:
+    """Every page size with each; DeepGEMM has heads 16 .. 64, dimension 128, pages of 32 and 64."""
+    ragged = Ragged(device, 13, 150, is_fp4, heads, dim)
+    ragged.check(deep_gemm.fp8_fp4_mqa_logits(*ragged.args))
+    for block in BLOCKS:
+        paged = Paged(device, [1, 70, 130], 3, is_fp4, heads, dim, block)
+        meta = deep_gemm.get_paged_mqa_logits_metadata(paged.lens, block, 5)
+        args = (paged.q, paged.cache, paged.weights, paged.lens, paged.table, meta, paged.columns)
+        paged.check(deep_gemm.fp8_fp4_paged_mqa_logits(*args))
+        half = deep_gemm.fp8_fp4_paged_mqa_logits(*args, logits_dtype=BF16)
+        assert half.dtype == BF16
+        paged.check(half, 1e-4)
+
+
+@pytest.mark.parametrize("next_n", [4, 11])
+def test_one_length_for_all_rows_of_a_sequence(device: torch.device, next_n: int) -> None:
+    """context_lens [B], that of the last row; each row before it sees a key less."""
+    case = Paged(device, [100, 30], next_n, False)
+    meta = deep_gemm.get_paged_mqa_logits_metadata(case.lens, BLOCK, 5)
+    last = case.lens[:, -1].contiguous()
+    args = (case.q, case.cache, case.weights, last, case.table, meta, case.columns)
+    case.check(deep_gemm.fp8_fp4_paged_mqa_logits(*args))
+
+
+@pytest.mark.parametrize("n", [8, 24, 128])
+def test_hc_prenorm_widths(device: torch.device, n: int) -> None:
+    x = torch.randn(70, 512, device=device, dtype=BF16)
+    fn = torch.randn(n, 512, device=device)
+    d, sums = torch.empty(3, 70, n, device=device), torch.empty(3, 70, device=device)
+    deep_gemm.tf32_hc_prenorm_gemm(x, fn, d, sums, 3)
+    assert calc_diff(d.sum(0), x.double() @ fn.double().t()) < 1e-6
+    assert calc_diff(sums.sum(0), x.double().square().sum(1)) < 1e-8
 
 
 @pytest.mark.parametrize("splits", [None, 1, 5, 16])

@@ -156,32 +156,59 @@ M, N = 48, 96
 SIZES = [[128, 256, 384], [0, 128, 0], [640]]
 
 
+def by_channel(x: torch.Tensor, ks: list[int], layout: str, gran_k: int, fp4: bool) -> Operand:
+    """[sum_k, rows] with groups of K down the columns -> what k_grouped_* takes."""
+    parts = [quantised(part.t(), gran_k, fp4) for part in x.split(ks)]
+    sf = torch.cat([part[1].t() for part in parts])
+    data = [part[0] for part in parts]
+    if layout == "nt":
+        flat = torch.cat([part.flatten().view(torch.uint8) for part in data])
+        return flat.view(data[0].dtype), sf
+    if not fp4:
+        turned = torch.cat([part.t().view(torch.uint8) for part in data])
+        return turned.view(torch.float8_e4m3fn), sf
+    return torch.cat([deep_gemm.transpose_packed_fp4(part) for part in data if part.numel()]), sf
+
+
+def k_packed(sf: torch.Tensor, ks: list[int], gran_k: int) -> torch.Tensor:
+    pack = deep_gemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor
+    return pack(sf, torch.tensor(ks, dtype=torch.int32, device=sf.device), ks, gran_k)
+
+
 @pytest.mark.parametrize("ks", SIZES)
 @pytest.mark.parametrize("layout", ["nt", "tn"])
 @pytest.mark.parametrize("gran_k", [32, 128])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_k_grouped_fp8(
-    device: torch.device, ks: list[int], layout: str, gran_k: int, in_place: bool
+@pytest.mark.parametrize("fp4", [(False, False), (True, True), (False, True)])
+def test_k_grouped(
+    device: torch.device, ks: list[int], layout: str, gran_k: int, fp4: tuple[bool, bool]
 ) -> None:
+    """Scales in every form, and transposed; with C, in place too, and without; D in both dtypes."""
     torch.manual_seed(0)
     x, y = (torch.randn(sum(ks), rows, device=device, dtype=BF16) for rows in (M, N))
-    operands = []
-    for t in (x, y):
-        data, sf = deep_gemm.per_channel_cast_to_fp8(t, True, gran_k)
-        if layout == "nt":  # [rows, k_g] of each group, one after the other; scales transposed
-            parts = data.view(torch.uint8).split(ks)
-            data = torch.cat([part.t().flatten() for part in parts]).view(torch.float8_e4m3fn)
-            sf = sf.t().contiguous().t()
-        operands.append((data, sf))
+    (a, sfa), (b, sfb) = (
+        by_channel(t, ks, layout, gran_k, packed) for t, packed in zip((x, y), fp4, strict=True)
+    )
     ks_tensor = torch.tensor(ks, dtype=torch.int32, device=device)
+    products = [u.float().t() @ v.float() for u, v in zip(x.split(ks), y.split(ks), strict=True)]
     c = torch.randn(len(ks), M, N, device=device) * 10
-    products = [a.float().t() @ b.float() for a, b in zip(x.split(ks), y.split(ks), strict=True)]
-    wanted = torch.stack(products) + c
-    d = c if in_place else torch.empty_like(c)
     run = getattr(deep_gemm, f"k_grouped_fp8_gemm_{layout}_contiguous")
-    run(*operands, d, ks, ks_tensor, c, recipe=(1, 1, gran_k))
-    for group, k in enumerate(ks):
-        assert calc_diff(d[group], wanted[group]) < (1e-3 if k else 1e-12)
+    limit = 1e-3 if not any(fp4) else 0.02
+    for form in ("float32", "turned", "packed", "bytes", "e8m0"):
+        if form == "turned":
+            scales = [sf.t() for sf in (sfa, sfb)]
+        elif form == "packed":
+            scales = [k_packed(sf, ks, gran_k) for sf in (sfa, sfb)]
+        else:
+            scales = [as_form(sf, form, 0, (1, gran_k)) for sf in (sfa, sfb)]
+        for accumulate, in_place, dtype in (
+            (True, False, FP32), (True, True, FP32), (False, False, FP32), (False, False, BF16)
+        ):  # fmt: skip
+            wanted = torch.stack(products) + (c if accumulate else 0)
+            d = torch.empty(len(ks), M, N, device=device, dtype=dtype)
+            added = (d.copy_(c) if in_place else c.clone()) if accumulate else None
+            run((a, scales[0]), (b, scales[1]), d, ks, ks_tensor, added, recipe=(1, 1, gran_k))
+            for group, k in enumerate(ks):
+                assert calc_diff(d[group], wanted[group]) < (limit if k else 1e-12)
 
 
 @pytest.mark.parametrize("ks", SIZES)
@@ -204,7 +231,19 @@ def test_k_grouped_refusals(device: torch.device) -> None:
     run = deep_gemm.k_grouped_bf16_gemm_tn_contiguous
     with refused("ks: expected 2 group sizes, as d has groups, got .256."):
         run(x, x, d, [256], ks_tensor)
-    with refused("ks: expected sizes >= 0 with the sum 256"):
+    with refused("ks: expected sizes with the sum 256"):
         run(x, x, d, [128, 64], ks_tensor)
     with refused("use_psum_layout: expected False"):
         run(x, x, d, [128, 128], ks_tensor, use_psum_layout=True)
+    a = by_channel(x, [128, 128], "tn", 128, False)
+    scaled = deep_gemm.k_grouped_fp8_gemm_tn_contiguous
+    with refused("tn_contiguous: ks: expected multiples of 16, none negative, got .120, 136."):
+        scaled(a, a, d, [120, 136], ks_tensor)
+    with refused("tn_contiguous: sfa: expected float32 scales that are powers of two"):
+        scaled((a[0], a[1] * 3), a, d, [128, 128], ks_tensor)
+    with refused(r"tn_contiguous: sfb: expected shape \[2, 48\], or its transpose, got \[1, 48\]"):
+        scaled(a, (a[0], a[1][:1]), d, [128, 128], ks_tensor)
+    with refused("tn_contiguous: recipe: expected .1, 1, 32. or .1, 1, 128."):
+        scaled(a, a, d, [128, 128], ks_tensor, recipe=(1, 128, 128))
+    with refused("nt_contiguous: a: expected a and b of 1 dimensions, d of 3"):
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, a, d, [128, 128], ks_tensor)

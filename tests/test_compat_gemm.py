@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from sm120_ops.compat.deep_gemm.testing import calc_diff
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("form", SCALE_FORMS)
+@pytest.mark.parametrize("form", ["float32", "packed"])
 @pytest.mark.parametrize("out_dtype", [BF16, FP32])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_dense(
@@ -54,16 +53,34 @@ def transposed(operand: Operand) -> Operand:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
-@pytest.mark.parametrize("form", SCALE_FORMS)
+@pytest.mark.parametrize("form", ["float32", "packed"])
 def test_dense_layouts(
     device: torch.device, config: tuple[int, int, bool, bool], layout: str, form: str
 ) -> None:
-    problem = Problem(device, 96, 160, 256, config, form)
-    a = transposed(problem.a) if layout[0] == "t" else problem.a
-    b = transposed(problem.b) if layout[1] == "n" else problem.b
-    for name in (f"fp8_fp4_gemm_{layout}", f"fp8_gemm_{layout}"):
-        problem.d.fill_(math.nan)
-        getattr(deep_gemm, name)(a, b, problem.d, **problem.options)
+    """Both names, D strided, in both dtypes, with C and without."""
+    for out_dtype, accumulate in ((BF16, False), (FP32, True)):
+        problem = Problem(device, 48, 80, 256, config, form, out_dtype, accumulate)
+        a = transposed(problem.a) if layout[0] == "t" else problem.a
+        b = transposed(problem.b) if layout[1] == "n" else problem.b
+        for name in (f"fp8_fp4_gemm_{layout}", f"fp8_gemm_{layout}"):
+            wide = torch.full((48, 85), 7.0, device=device, dtype=out_dtype)
+            problem.d = wide[:, 3:83]
+            getattr(deep_gemm, name)(a, b, problem.d, problem.c, **problem.options)
+            problem.check()
+            assert (wide[:, :3] == 7).all()
+            assert (wide[:, 83:] == 7).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("form_a", SCALE_FORMS)
+@pytest.mark.parametrize("form_b", SCALE_FORMS)
+def test_scale_forms_of_both_operands(
+    device: torch.device, config: tuple[int, int, bool, bool], form_a: str, form_b: str
+) -> None:
+    """Any two: the engines have packed weights, and activations as they come."""
+    for accumulate in (False, True):
+        problem = Problem(device, 33, 72, 384, config, form_a, BF16, accumulate, form_b)
+        deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, problem.c, **problem.options)
         problem.check()
 
 
@@ -87,16 +104,35 @@ def test_dense_what_deep_gemm_gets_wrong(device: torch.device) -> None:
             problem.a, problem.b, wide[:, 5 : 5 + n], problem.c, **problem.options
         )
         problem.d = wide[:, 5 : 5 + n]
-        problem.check()
+        problem.check_exactly()
         assert (wide[:, :5] == 7).all()
         assert (wide[:, 5 + n :] == 7).all()
     for m, n in [(0, 128), (128, 0)]:
         problem = Problem(device, m, n, 128, config)
         deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d)
+    nothing = Problem(device, 8, 64, 0, config, accumulate=True)
+    deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, nothing.c, **nothing.options)
+    assert nothing.c is not None
+    assert torch.equal(nothing.d, nothing.c)
+    deep_gemm.fp8_gemm_nt(nothing.a, nothing.b, nothing.d, **nothing.options)
+    assert (nothing.d == 0).all()
     problem = Problem(device, 8, 128, 128, config)
     bad = problem.a[0], problem.a[1] * 1.5
     with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: sfa: expected float32 scales that are pow"):
         deep_gemm.fp8_gemm_nt(bad, problem.b, problem.d)
+    c = problem.d
+    calls: list[Any] = [
+        lambda a: deep_gemm.fp8_gemm_nt(a, problem.b, problem.d),
+        lambda a: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, problem.b, problem.d, problem.d),
+        lambda a: deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, problem.b, c, [], c),
+    ]
+    for call in calls:
+        for operand, text in (
+            (problem.a[0], "a: expected a pair .data, scale., got Tensor"),
+            ((problem.a[0], None), "sfa: expected a torch.Tensor, got NoneType"),
+        ):
+            with refused(text, TypeError):
+                call(operand)
     with refused("sm120_ops.deep_gemm.fp8_fp4_gemm_nt: alpha: expected None"):
         deep_gemm.fp8_gemm_nt(problem.a, problem.b, problem.d, alpha=2.0)
     with refused("expected recipe, or recipe_a and recipe_b"):
@@ -138,15 +174,21 @@ def test_dense_recipe_of_three(device: torch.device) -> None:
 def test_skip_head_mid(
     device: torch.device, splits: tuple[int, int, int], out_dtype: torch.dtype, form: str
 ) -> None:
+    """With the default recipe, and with others by (gran_mn of A, gran_mn of B, gran_k)."""
     left, mid, right = splits
     heads, k = 4, 2048
-    problem = Problem(device, 24, heads * (left + right), k, (128, 128, False, False), form)
-    d = torch.full((24, heads * sum(splits)), 7.0, device=device, dtype=out_dtype)
-    deep_gemm.fp8_gemm_nt_skip_head_mid(problem.a, problem.b, d, splits)
-    by_head = d.view(24, heads, sum(splits))
-    assert (by_head[..., left : left + mid] == 7).all()
-    problem.d = torch.cat((by_head[..., :left], by_head[..., left + mid :]), 2).flatten(1)
-    problem.check()
+    for config, recipe in (
+        ((128, 128, False, False), None),
+        ((32, 32, False, False), (1, 32, 32)),
+        ((32, 32, True, True), (1, 1, 32)),
+    ):
+        problem = Problem(device, 24, heads * (left + right), k, config, form)
+        d = torch.full((24, heads * sum(splits)), 7.0, device=device, dtype=out_dtype)
+        deep_gemm.fp8_gemm_nt_skip_head_mid(problem.a, problem.b, d, splits, recipe)
+        by_head = d.view(24, heads, sum(splits))
+        assert (by_head[..., left : left + mid] == 7).all()
+        problem.d = torch.cat((by_head[..., :left], by_head[..., left + mid :]), 2).flatten(1)
+        problem.check()
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_cases import BF16, CONFIGS, SCALE_FORMS, Operand, as_form, quantised, refused
+from compat_cases import BF16, CONFIGS, FP32, SCALE_FORMS, Operand, as_form, quantised, refused
 
 from sm120_ops.compat import deep_gemm
 from sm120_ops.compat.deep_gemm import runtime
@@ -67,14 +67,17 @@ def segments(sizes: list[int], alignment: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("form", SCALE_FORMS)
-@pytest.mark.parametrize("alignment", [64, 128])
-@pytest.mark.parametrize("psum", [False, True])
+@pytest.mark.parametrize(
+    ("alignment", "psum", "out_dtype"),
+    [(64, False, FP32), (64, True, BF16), (128, False, BF16), (128, True, FP32)],
+)
 def test_contiguous(
     device: torch.device,
     config: tuple[int, int, bool, bool],
     form: str,
     alignment: int,
     psum: bool,
+    out_dtype: torch.dtype,
 ) -> None:
     deep_gemm.set_mk_alignment_for_contiguous_layout(alignment)
     sizes = [3, 0, 128, 50]
@@ -82,7 +85,7 @@ def test_contiguous(
     indices, ends = segments(sizes, alignment)
     x, a = experts.tokens(len(indices))
     layout = torch.tensor(ends if psum else indices, dtype=torch.int32, device=device)
-    d = torch.full((len(indices), N), 7.0, device=device, dtype=BF16)
+    d = torch.full((len(indices), N), 7.0, device=device, dtype=out_dtype)
     deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(
         a, experts.b, d, layout, use_psum_layout=psum, **experts.options
     )
@@ -101,9 +104,11 @@ def test_contiguous(
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("form", ["float32", "packed"])
-@pytest.mark.parametrize("name", ["m_grouped_fp8_fp4_gemm", "m_grouped_fp8_gemm"])
+@pytest.mark.parametrize(
+    ("name", "psum"), [("m_grouped_fp8_fp4_gemm", False), ("m_grouped_fp8_gemm", True)]
+)
 def test_contiguous_nn(
-    device: torch.device, config: tuple[int, int, bool, bool], form: str, name: str
+    device: torch.device, config: tuple[int, int, bool, bool], form: str, name: str, psum: bool
 ) -> None:
     experts = Experts(device, 2, config, form)
     data, sf = experts.b
@@ -111,12 +116,14 @@ def test_contiguous_nn(
         data = torch.stack([deep_gemm.transpose_packed_fp4(part) for part in data])
     else:
         data = data.transpose(1, 2).contiguous()
-    indices, _ = segments([5, 70], 128)
+    indices, ends = segments([5, 70], 128)
     x, a = experts.tokens(len(indices))
-    layout = torch.tensor(indices, dtype=torch.int32, device=device)
+    layout = torch.tensor(ends if psum else indices, dtype=torch.int32, device=device)
     d = torch.empty(len(indices), N, device=device, dtype=BF16)
     b = (data, sf.transpose(1, 2))
-    getattr(deep_gemm, f"{name}_nn_contiguous")(a, b, d, layout, **experts.options)
+    getattr(deep_gemm, f"{name}_nn_contiguous")(
+        a, b, d, layout, use_psum_layout=psum, **experts.options
+    )
     rows = torch.tensor(indices, device=device)
     live = rows >= 0
     wanted = torch.einsum("mk,mnk->mn", x[live].float(), experts.w[rows[live]].float())
@@ -139,8 +146,10 @@ def test_masked(
         "m_grouped_fp8_fp4_gemm_nt_masked",
         "m_grouped_fp8_gemm_nt_masked",
         "fp8_m_grouped_gemm_nt_masked",
+        "m_grouped_fp4_gemm_nt_masked",
     ):
-        d = torch.full((len(sizes), max_m, N), 7.0, device=device, dtype=BF16)
+        dtype = BF16 if name == "fp8_m_grouped_gemm_nt_masked" else FP32
+        d = torch.full((len(sizes), max_m, N), 7.0, device=device, dtype=dtype)
         # The engines pass the last two by keyword as well.
         getattr(deep_gemm, name)(
             a, experts.b, d, masked_m=masked_m, expected_m=24, **experts.options

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sm120_ops.compat import deep_gemm
-from sm120_ops.compat.deep_gemm import attention, gemm, grouped, hyperconnection
+from sm120_ops.compat.deep_gemm import attention, bf16, gemm, grouped, hyperconnection, k_grouped
 
 LIMIT_US = 5.0
 
@@ -37,9 +37,17 @@ def packed(rows: int, groups: int | None = None) -> Any:
 
 
 A, B, B3 = packed(16), packed(128), packed(128, 4)
-D = torch.empty(16, 128, dtype=torch.bfloat16)
+C, D = (torch.empty(16, 128, dtype=torch.bfloat16) for _ in range(2))
+D3 = torch.empty(4, 128, 128, dtype=torch.bfloat16)
+X2 = torch.empty(16, 512, dtype=torch.bfloat16)
+FLAT = (
+    torch.empty(4 * 128 * 512, dtype=torch.float8_e4m3fn),
+    torch.zeros(4, 128, dtype=torch.int32),
+)
+KS, KS_TENSOR = [512] * 4, torch.full((4,), 512, dtype=torch.int32)
 INDEX = torch.zeros(16, dtype=torch.int32)
 X = torch.zeros(1)
+Q = torch.zeros(2, 1, 16, 64)
 
 # name: (module, the op it binds, the call as the engines make it)
 CALLS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
@@ -54,6 +62,31 @@ CALLS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
         lambda: deep_gemm.fp8_fp4_gemm_nt(
             A, B, D, recipe_a=(1, 32), recipe_b=(1, 32), disable_ue8m0_cast=True
         ),
+    ),
+    "fp8_gemm_nt with C": (
+        gemm,
+        "_gemm_out",
+        lambda: deep_gemm.fp8_gemm_nt(A, B, D, C),
+    ),
+    "fp8_gemm_nt_skip_head_mid": (
+        gemm,
+        "_gemm_out",
+        lambda: deep_gemm.fp8_gemm_nt_skip_head_mid(A, B, D, (64, 64, 0)),
+    ),
+    "bf16_gemm_nt": (
+        bf16,
+        "_gemm_out",
+        lambda: deep_gemm.bf16_gemm_nt(X2, X2, D),
+    ),
+    "k_grouped_fp8_gemm_nt_contiguous": (
+        k_grouped,
+        "_k_grouped_out",
+        lambda: deep_gemm.k_grouped_fp8_gemm_nt_contiguous(FLAT, FLAT, D3, KS, KS_TENSOR, D3),
+    ),
+    "m_grouped_fp8_gemm_nt_contiguous, psum": (
+        grouped,
+        "_psum_out",
+        lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(A, B3, D, INDEX, use_psum_layout=True),
     ),
     "m_grouped_fp8_fp4_gemm_nt_contiguous": (
         grouped,
@@ -75,7 +108,7 @@ CALLS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "fp8_paged_mqa_logits": (
         attention,
         "_paged",
-        lambda: deep_gemm.fp8_paged_mqa_logits(X, X, X, X, X, X, 512, clean_logits=False),
+        lambda: deep_gemm.fp8_paged_mqa_logits(Q, X, X, X, X, X, 512, clean_logits=False),
     ),
     "get_paged_mqa_logits_metadata": (
         attention,
@@ -101,13 +134,43 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.gpu
 def test_overhead_on_the_gpu() -> None:
-    """The whole call against the raw op, both with host time alone."""
-    a, b = ((data.cuda(), sf.transpose(0, 1).contiguous().cuda().t()) for data, sf in (A, B))
-    d = D.cuda()
-    raw = torch.ops.sm120.gemm.out
-    without = best_us(lambda: raw(*a, *b, 128, 128, None, (), out=d))
-    torch.cuda.synchronize()
-    with_name = best_us(lambda: deep_gemm.fp8_gemm_nt(a, b, d))
-    torch.cuda.synchronize()
-    print(f"raw op {without:.2f} us, deep_gemm.fp8_gemm_nt {with_name:.2f} us")
-    assert with_name - without <= LIMIT_US
+    """Whole calls against the raw op, host time alone."""
+    (a, sfa), (b, sfb) = ((x.cuda(), sf.t().contiguous().cuda().t()) for x, sf in (A, B))
+    a3, b3 = (
+        (x.cuda(), sf.transpose(1, 2).contiguous().cuda().transpose(1, 2))
+        for x, sf in (packed(16, 4), B3)
+    )
+    x, w, fn = X2.cuda(), torch.zeros(128, 512, dtype=X2.dtype).cuda(), torch.zeros(24, 512).cuda()
+    d, c, d3 = D.cuda(), C.cuda(), D.cuda().repeat(4, 1, 1)
+    out, sums = torch.empty(16, 24).cuda(), torch.empty(16).cuda()
+    counts = torch.zeros(4, dtype=torch.int32).cuda()
+    ops = torch.ops.sm120
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "fp8_gemm_nt": (
+            lambda: ops.gemm.out(a, sfa, b, sfb, 128, 128, None, (), out=d),
+            lambda: deep_gemm.fp8_gemm_nt((a, sfa), (b, sfb), d),
+        ),
+        "fp8_gemm_nt with C": (
+            lambda: ops.gemm.out(a, sfa, b, sfb, 128, 128, c, (), out=d),
+            lambda: deep_gemm.fp8_gemm_nt((a, sfa), (b, sfb), d, c),
+        ),
+        "bf16_gemm_nt": (
+            lambda: ops.bf16_gemm.out(x, w, None, out=d),
+            lambda: deep_gemm.bf16_gemm_nt(x, w, d),
+        ),
+        "fp8_m_grouped_gemm_nt_masked": (
+            lambda: ops.grouped_gemm_masked.out(*a3, *b3, counts, 128, 128, 4, out=d3),
+            lambda: deep_gemm.fp8_m_grouped_gemm_nt_masked(a3, b3, d3, counts, 4),
+        ),
+        "tf32_hc_prenorm_gemm": (
+            lambda: ops.hc_prenorm.out(x, fn, None, None, d=out, sqr_sum=sums),
+            lambda: deep_gemm.tf32_hc_prenorm_gemm(x, fn, out, sums),
+        ),
+    }
+    for name, (raw, named) in pairs.items():
+        times = []
+        for function in (raw, named):
+            times.append(best_us(function))
+            torch.cuda.synchronize()
+        print(f"{name}: raw op {times[0]:.2f} us, by DeepGEMM's name {times[1]:.2f} us")
+        assert times[1] - times[0] <= LIMIT_US

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 import reference
 import torch
 from op_samples import CASES, call, overload, sample
+
+from sm120_ops.ops.layout import fresh
 
 TESTS = Path(__file__).resolve().parent
 SIZES = [7, 3, 64, 2, 100, 33, 5, 128, 20, 19]
@@ -49,7 +52,16 @@ def test_every_registered_op_has_a_sample() -> None:
     assert len(CASES) >= 40
 
 
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """New memory has contents of its own, so that two runs agree in what an op leaves undefined."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @every_op
+@pytest.mark.usefixtures("filled_memory")
 def test_opcheck(device: torch.device, name: str) -> None:
     """Schema, mutations, fake kernel, autograd registration, tracing with symbolic shapes."""
     # opcheck clones its arguments, and a clone of packed scales is padded for rows % 4 == 0 alone.
@@ -66,16 +78,16 @@ def test_samples_with_other_seeds_differ(name: str) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(device: torch.device, name: str, backend: str) -> None:
     """One graph without a break for ten sizes."""
-    if backend == "inductor" and device.type == "cpu":
-        pytest.skip("on the GPU alone: each op would be compiled by a C++ compiler")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
     def run(tensors: op_samples.Tensors) -> list[torch.Tensor]:
-        return call(name, tensors)
+        # Packed scales leave the graph as row-major copies: Inductor asks of a graph's outputs
+        # whether they are dense, and has a second graph for the sizes of which that is true.
+        return [x if x.stride(-1) == 1 else fresh(x) for x in call(name, tensors)]
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):

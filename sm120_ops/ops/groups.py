@@ -71,13 +71,22 @@ def prepare_groups(
         counts = " or ".join(f"{ceil_div(rows, g)} (gran_mn {g})" for g in GRANS_MN)
         requirement = f"[{groups}, rows, {k_groups}] with {counts} rows (gran_k {gran_k})"
         _check.fail(op, sf, requirement, scale.shape)
-    # One matrix of all groups is packed; each group must begin at a multiple of 4 rows in it.
+    return data, pack_group_scales(op, sf, scale, rows, grans_mn[0], validate), gran_k
+
+
+def pack_group_scales(
+    op: str, arg: str, scale: torch.Tensor, rows: int, gran_mn: int, validate: bool
+) -> torch.Tensor:
+    """float32 or byte scales [G, ceil(rows / gran_mn), columns] -> packed int32 [G, rows, words].
+
+    One matrix of all groups is packed; each group must begin at a multiple of 4 rows in it.
+    """
     if scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)
-    padded, gran_mn = align(rows, 4), grans_mn[0]
+    groups, padded = scale.shape[0], align(rows, 4)
     if padded != rows or rows % gran_mn != 0:
         scale = scale.repeat_interleave(gran_mn, 1)[:, :rows]
         scale, gran_mn = functional.pad(scale, (0, 0, 0, padded - rows), value=1), 1
-    flat = scale.flatten(0, 1)
-    words = pack_scales_of(op, sf, flat, groups * padded, gran_mn, validate).t()
-    return data, words.unflatten(1, (groups, padded))[:, :, :rows].permute(1, 2, 0), gran_k
+    flat = scale.reshape(-1, scale.shape[2])
+    words = pack_scales_of(op, arg, flat, groups * padded, gran_mn, validate).t()
+    return words.unflatten(1, (groups, padded))[:, :, :rows].permute(1, 2, 0)

@@ -158,6 +158,8 @@ def _pack_scales_out_fake(
 
 def check_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
     """Reads the device (one sync), unless it cannot be read: under capture or torch.compile."""
+    if torch.compiler.is_compiling():
+        return
     capturing = scale.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or not _check.has_address(scale):
         return

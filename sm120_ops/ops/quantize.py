@@ -52,10 +52,7 @@ E4M3_EMAX, E2M1_EMAX = 8, 2
 E4M3_NAN = 0x7F
 MIN_AMAX = 1e-4  # of rule "deepgemm"
 
-# Values of the 16 codes of E2M1 (torch converts its own FP4 dtype to nothing), and the midpoints
-# between neighbouring magnitudes 0 .. 7.
-_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-value for value in _E2M1_MAGNITUDES))
+# Between the neighbouring magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 are those of codes 0 .. 7.
 _E2M1_MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 # A value above limit i has a code above i. With ties to even, the midpoints between an odd code and
 # the next even one belong to the upper side.
@@ -305,8 +302,12 @@ def decode(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if data.dtype == torch.float8_e4m3fn:
         codes = torch.arange(256, dtype=torch.uint8, device=data.device)
         return codes.view(torch.float8_e4m3fn).to(dtype)[indices]
+    # E2M1 is the head of a float16 2^14 times as small: sign, exponent, mantissa, subnormals too.
+    # (torch converts its own FP4 dtype to nothing.)
+    codes = torch.arange(16, dtype=torch.int32, device=data.device)
+    bits = (codes & 8) << 12 | (codes & 7) << 9
+    values = bits.to(torch.int16).view(torch.float16).to(dtype) * 2**14
     # One complex number a byte: the value of its low nibble, then that of its high one.
-    values = torch.tensor(E2M1_VALUES, dtype=dtype, device=data.device)
     pairs = torch.complex(values.repeat(16), values.repeat_interleave(16))
     return torch.view_as_real(pairs[indices]).flatten(1)
 

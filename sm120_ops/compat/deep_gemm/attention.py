@@ -16,6 +16,8 @@ import torch
 from ... import _check
 from ..._stats import count
 from ...ops.layout import FP4_DTYPES, as_bytes
+from ...ops.mqa_check import MAX_NEXT_N
+from ...ops.mqa_reference import row_lengths
 
 Quantised = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -119,6 +121,7 @@ def fp8_fp4_paged_mqa_logits(
 
     Args:
         q: (FP8 [B, next_n, H, D], None), or FP4 (int8 [B, next_n, H, D / 2], int32 [B, next_n, H]).
+            More than 8 rows a sequence cost a schedule and a block table of their own in each call.
         kv_cache: uint8 [blocks, block_kv, 1, D + 4] (FP4: D / 2 + 4); in a page first all data,
             then all scales.
         weights: float32 [B * next_n, H].
@@ -135,6 +138,16 @@ def fp8_fp4_paged_mqa_logits(
         indices, clean_logits = clean_logits, False
     _check.require_no_grad("deep_gemm.fp8_fp4_paged_mqa_logits", weights=weights)
     q_data, q_scale = q
+    if q_data.shape[1] > MAX_NEXT_N:
+        next_n = q_data.shape[1]
+        q_data = q_data.flatten(0, 1)[:, None]
+        q_scale = None if q_scale is None else q_scale.flatten(0, 1)[:, None]
+        context_lens = row_lengths(context_lens, next_n)[:, None]
+        sequences = torch.arange(block_table.shape[0], dtype=torch.int32, device=q_data.device)
+        indices = sequences.repeat_interleave(next_n)
+        block_table = block_table.repeat_interleave(next_n, 0)
+        if schedule_meta is not None:
+            schedule_meta = _metadata(context_lens, schedule_meta.shape[0] - 1, indices)
     return _paged(
         _data(q_data),
         q_scale,

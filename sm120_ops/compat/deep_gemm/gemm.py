@@ -4,13 +4,14 @@
 transposed, with the scales transposed in the same way. FP4 is packed along the dimension that is
 contiguous. Operands whose K is not the contiguous dimension are repacked at each call.
 
-Packed scales and K-major data go straight to the op, whose checks are all that is done.
+Packed scales with K-major data, what the engines pass, go straight to the op: its checks are all
+that is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from .layout import Recipe, name_of, recipes, required
 from .runtime import skips
 
 Operand = tuple[torch.Tensor, torch.Tensor]
+_PAIR = (tuple, list)
 
 _gemm_out = torch.ops.sm120.gemm.out
 
@@ -32,8 +34,19 @@ def reject_extras(op: str, alpha: object, epilogue: object) -> None:
             _check.fail(name_of(op), arg, "None (this package has no such epilogue)", value)
 
 
-def _fail_operand(op: str, arg: str, data: object) -> NoReturn:
-    _check.fail_type(name_of(op), arg, "a pair (data, scale)", type(data).__name__)
+def unpaired(
+    op: str, a: Any, b: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A's data and scale, B's data and scale."""
+    for operand in (a, b):
+        if not isinstance(operand, _PAIR) or len(operand) != 2:
+            arg = "a" if operand is a else "b"
+            _check.fail_type(name_of(op), arg, "a pair (data, scale)", type(operand).__name__)
+    (a_data, sfa), (b_data, sfb) = a, b
+    if not (isinstance(sfa, torch.Tensor) and isinstance(sfb, torch.Tensor)):
+        _check.require_tensor(name_of(op), "sfa", sfa)
+        _check.require_tensor(name_of(op), "sfb", sfb)
+    return a_data, sfa, b_data, sfb
 
 
 def k_major(data: torch.Tensor) -> torch.Tensor:
@@ -46,14 +59,16 @@ def k_major(data: torch.Tensor) -> torch.Tensor:
     return torch.ops.sm120.transpose_fp4.default(packed).view(data.dtype)
 
 
-def _unpacked(op: str, arg: str, operand: Operand) -> Operand:
-    if not isinstance(operand, tuple | list) or len(operand) != 2:
-        _fail_operand(op, arg, operand)
+def _converted(
+    op: str, arg: str, operand: Operand, gran: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K-major data and packed scales."""
     data, sf = operand
-    _check.require_tensor(name_of(op), arg, data, rank=2)
-    _check.require_dtype(name_of(op), arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
-    _check.require_tensor(name_of(op), f"sf{arg}", sf, rank=2)
-    return k_major(data), sf
+    name = name_of(op)
+    _check.require_tensor(name, arg, data, rank=2)
+    _check.require_dtype(name, arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
+    data = k_major(data)
+    return data, required(name, f"sf{arg}", sf, data.shape[0], logical_k(data), gran)
 
 
 def _transposed(operand: Operand) -> Operand:
@@ -71,12 +86,20 @@ def _dense(
     recipe_a: Recipe | None,
     recipe_b: Recipe | None,
 ) -> None:
-    a_data, sfa = _unpacked(op, "a", a)
-    b_data, sfb = _unpacked(op, "b", b)
-    for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
-    sfa = required(name_of(op), "sfa", sfa, a_data.shape[0], logical_k(a_data), for_a)
-    sfb = required(name_of(op), "sfb", sfb, b_data.shape[0], logical_k(b_data), for_b)
-    _check.require_no_grad(name_of(op), c=c)
+    a_data, sfa, b_data, sfb = unpaired(op, a, b)
+    if c is not None:
+        _check.require_no_grad(name_of(op), c=c)
+    default = recipe is None and recipe_a is None and recipe_b is None
+    packed = sfa.dtype is torch.int32 and sfb.dtype is torch.int32
+    if packed and a_data.stride(-1) == 1 and b_data.stride(-1) == 1:
+        if default:
+            _gemm_out(a_data, sfa, b_data, sfb, 128, 128, c, head_splits, out=d)
+            return
+        for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
+    else:
+        for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
+        a_data, sfa = _converted(op, "a", a, for_a)
+        b_data, sfb = _converted(op, "b", b, for_b)
     _gemm_out(a_data, sfa, b_data, sfb, for_a[1], for_b[1], c, head_splits, out=d)
 
 
@@ -110,22 +133,6 @@ def fp8_fp4_gemm_nt(
         return
     if alpha is not None or epilogue is not None:
         reject_extras(op, alpha, epilogue)
-    a_data, sfa = a
-    b_data, sfb = b
-    if (
-        sfa.dtype is torch.int32
-        and sfb.dtype is torch.int32
-        and c is None
-        and a_data.stride(-1) == 1
-        and b_data.stride(-1) == 1
-    ):
-        # What the engines do: no more than the op itself.
-        if recipe is None and recipe_a is None and recipe_b is None:
-            _gemm_out(a_data, sfa, b_data, sfb, 128, 128, None, (), out=d)
-        else:
-            for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
-            _gemm_out(a_data, sfa, b_data, sfb, for_a[1], for_b[1], None, (), out=d)
-        return
     _dense(op, a, b, d, c, (), recipe, recipe_a, recipe_b)
 
 
@@ -207,8 +214,7 @@ def fp8_gemm_nt_skip_head_mid(
     """
     if skips("deep_gemm.fp8_gemm_nt_skip_head_mid"):
         return
-    splits = list(head_splits)
-    _dense("fp8_gemm_nt_skip_head_mid", a, b, d, None, splits, recipe, None, None)
+    _dense("fp8_gemm_nt_skip_head_mid", a, b, d, None, list(head_splits), recipe, None, None)
 
 
 fp8_gemm_nt = fp4_gemm_nt = fp8_fp4_gemm_nt

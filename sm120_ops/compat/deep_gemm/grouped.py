@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ... import _check
 from ...ops.layout import FP4_DTYPES, as_bytes
-from .gemm import Operand, k_major, reject_extras
+from .gemm import Operand, k_major, reject_extras, unpaired
 from .layout import Recipe, name_of, recipes, required
 from .runtime import get_mk_alignment_for_contiguous_layout, skips
 
@@ -45,7 +45,7 @@ def _prepared(
     recipe_b: Recipe | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
     """The op's operands, and gran_k of each."""
-    (a_data, sfa), (b_data, sfb) = a, b
+    a_data, sfa, b_data, sfb = unpaired(op, a, b)
     for_a, for_b = recipes(op, sfb, recipe, recipe_a, recipe_b)
     packed = sfa.dtype is torch.int32 and sfb.dtype is torch.int32
     if not packed or a_data.stride(-1) != 1 or b_data.stride(-1) != 1:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ... import _check
 from ...ops import layout
+from ...ops.groups import pack_group_scales
 from ...ops.layout import BYTE_SCALE_DTYPES, GRANS_MN, align, ceil_div
 from ...ops.quantize import GRANS_K
 
@@ -59,8 +60,8 @@ def recipes(
 
 
 def _pair(op: str, arg: str, recipe: Recipe) -> tuple[int, int]:
-    if len(recipe) != 2 or recipe[0] not in GRANS_MN or recipe[1] not in GRANS_K:
-        requirement = f"gran_mn of {list(GRANS_MN)} and gran_k of {list(GRANS_K)}"
+    if len(recipe) != 2 or recipe[0] < 1 or recipe[1] not in GRANS_K:
+        requirement = f"a positive gran_mn and gran_k of {list(GRANS_K)}"
         _check.fail(name_of(op), arg, requirement, tuple(recipe))
     return recipe[0], recipe[1]
 
@@ -68,26 +69,15 @@ def _pair(op: str, arg: str, recipe: Recipe) -> tuple[int, int]:
 # ---- Packing -------------------------------------------------------------------------------------
 
 
-def _pack_groups(op: str, arg: str, sf: torch.Tensor, mn: int, gran_mn: int) -> torch.Tensor:
-    """[G, ceil(mn / gran_mn), columns] -> packed int32 [G, mn, words], as one matrix of all rows.
-
-    Each group begins at a multiple of 4 rows in it: strides [align(mn, 4), 1, ...].
-    """
-    groups, padded = sf.shape[0], align(mn, 4)
-    scale = sf.view(torch.uint8) if sf.dtype == torch.float8_e8m0fnu else sf
-    if padded != mn or mn % gran_mn != 0:
-        scale = scale.repeat_interleave(gran_mn, 1)[:, :mn]
-        scale, gran_mn = functional.pad(scale, (0, 0, 0, padded - mn), value=1), 1
-    flat = scale.reshape(-1, scale.shape[2])
-    words = layout.pack_scales_of(op, arg, flat, groups * padded, gran_mn, validate=True)
-    return words.t().unflatten(1, (groups, padded))[:, :, :mn].permute(1, 2, 0)
-
-
 def pack(op: str, arg: str, sf: torch.Tensor, mn: int, gran_mn: int) -> torch.Tensor:
     """float32 or byte scales, 2-D or 3-D -> packed, in any layout that the ops take."""
+    if sf.dtype == torch.float8_e8m0fnu:
+        sf = sf.view(torch.uint8)
+    if gran_mn not in GRANS_MN:
+        sf, gran_mn = sf.repeat_interleave(gran_mn, -2)[..., :mn, :], 1
     if sf.dim() == 2:
         return layout.pack_scales_of(op, arg, sf, mn, gran_mn, validate=True)
-    return _pack_groups(op, arg, sf, mn, gran_mn)
+    return pack_group_scales(op, arg, sf, mn, gran_mn, validate=True)
 
 
 def _as_deep_gemm(sf: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def unpack_ue8m0_from_int(packed_sf: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(amax: torch.Tensor, limit: float, use_ue8m0: bool) -> torch.Tensor:
-    sf = amax.float().clamp(min=MIN_AMAX) / amax.new_tensor(limit, dtype=torch.float32)
+    sf = amax.float().clamp(min=MIN_AMAX) / amax.new_full((), limit, dtype=torch.float32)
     return ceil_to_ue8m0(sf) if use_ue8m0 else sf
 
 
@@ -159,10 +159,10 @@ def per_token_cast_to_fp4(
     groups = functional.pad(x, (0, -k % gran_k)).unflatten(1, (-1, gran_k))
     sf = _scales(groups.abs().amax(2), E2M1_MAX, use_ue8m0)
     values = groups.float() * (1.0 / sf[..., None])
-    limits = torch.tensor(_FP4_MIDPOINTS, device=x.device)
-    codes = torch.bucketize(values.abs(), limits, out_int32=True)
-    codes += (values < -limits[0]).int() << 3
-    data = pack_nibbles(codes.to(torch.uint8).flatten(1))[:, : k // 2].contiguous()
+    codes = (values < -_FP4_MIDPOINTS[0]).to(torch.uint8) << 3
+    for midpoint in _FP4_MIDPOINTS:
+        codes += values.abs() > midpoint
+    data = pack_nibbles(codes.flatten(1))[:, : k // 2].contiguous()
     return data.view(torch.int8), _packed(sf, use_packed_ue8m0)
 
 
