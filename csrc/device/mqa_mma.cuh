@@ -83,13 +83,6 @@ __device__ __forceinline__ void sts_float(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-// 16 keys on their way from shared memory.
-template <class Raw, int kSteps>
-struct KeyFragments {
-  Raw raw[kSteps];
-  uint32_t word;  // scale of key g + 8 * (t % 2): FP8 a float, FP4 packed UE8M0
-};
-
 template <Format kFormat, int kDim, int NT>
 class MqaMma {
  public:
@@ -100,7 +93,6 @@ class MqaMma {
   static constexpr int kMmas = kNative ? 1 : Step::kStepK / 16;  // instructions a step
   static constexpr int kBlocks = kDim / 32;
   static constexpr bool kFoldScales = kFp4 && !kNative;
-  using Keys = KeyFragments<typename Step::RawA, kSteps>;
 
   __device__ MqaMma()
       : offset_(swizzled<kRowBytes>(lane_id() % 16, kRowBytes > 16 ? lane_id() / 16 * 16 : 0)) {}
@@ -149,34 +141,36 @@ class MqaMma {
     return 1.f;
   }
 
-  // 16 keys from row `row` of the stage at `tile`; `scale` is the address of the scale of that row.
-  __device__ __forceinline__ void load_keys(Keys& keys, uint32_t tile, int row,
-                                            uint32_t scale) const {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      load_rows16<kRowBytes>(keys.raw[s], tile + row * kRowBytes, offset_, s);
-    }
-    keys.word = lds32(scale + 4 * (lane_id() / 4 + 8 * (lane_id() % 2)));
+  // Makes the 16 keys whose rows begin at `rows`, and their scales at `scales`, the current ones.
+  __device__ __forceinline__ void start(uint32_t rows, uint32_t scales) {
+    const uint32_t word = load_scale(scales);
+    const Scales folded = next_scales(word);
+    static_for<kSteps>([&](auto s) {
+      typename Step::RawA raw;
+      load_rows16<kRowBytes>(raw, rows, offset_, s);
+      convert_step(raw, s, folded);
+    });
+    accept(word, folded);
   }
 
-  __device__ __forceinline__ void start(const Keys& keys) {
-    const Scales scales = next_scales(keys);
-    static_for<kSteps>([&](auto s) { convert_step(keys, s, scales); });
-    accept(keys, scales);
-  }
-
-  // acc = current keys x queries; `next` becomes the current keys. `words` as in load_queries().
-  __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Keys& next, uint32_t words) {
+  // acc = current keys x queries, while the keys at `rows` become the current ones: a step of theirs
+  // is loaded while the one before is multiplied, so that few registers hold unconverted keys.
+  // `words` as in load_queries().
+  __device__ __forceinline__ void multiply(float (&acc)[NT][4], uint32_t rows, uint32_t scales,
+                                           uint32_t words) {
     if (!kFoldScales || (fold_.k_regular && fold_.q_regular)) {
-      const Scales scales = next_scales(next);
+      const uint32_t word = load_scale(scales);
+      const Scales folded = next_scales(word);
       static_for<kSteps>([&](auto s) {
+        typename Step::RawA raw;
+        load_rows16<kRowBytes>(raw, rows, offset_, s);
         multiply_step<s>(acc);
-        convert_step(next, s, scales);
+        convert_step(raw, s, folded);
       });
-      accept(next, scales);
+      accept(word, folded);
     } else {
       multiply_irregular(acc, words);
-      start(next);
+      start(rows, scales);
     }
   }
 
@@ -188,12 +182,18 @@ class MqaMma {
   }
 
  private:
+  // Of key g + 8 * (t % 2): FP8 a float, FP4 packed UE8M0.
+  static __device__ __forceinline__ uint32_t load_scale(uint32_t scales) {
+    return lds32(scales + 4 * (lane_id() / 4 + 8 * (lane_id() % 2)));
+  }
+
 #if SM120_OPS_NATIVE
   struct Scales {};
-  __device__ __forceinline__ Scales next_scales(const Keys&) const { return {}; }
-  __device__ __forceinline__ void accept(const Keys& keys, const Scales&) { word_ = keys.word; }
-  __device__ __forceinline__ void convert_step(const Keys& keys, int s, const Scales&) {
-    Step::convert(a_[s], keys.raw[s]);
+  __device__ __forceinline__ Scales next_scales(uint32_t) const { return {}; }
+  __device__ __forceinline__ void accept(uint32_t word, const Scales&) { word_ = word; }
+  __device__ __forceinline__ void convert_step(const typename Step::RawA& raw, int s,
+                                               const Scales&) {
+    Step::convert(a_[s], raw);
   }
 
   // The second scale of a row that has one block belongs to zeros and must not be NaN.
@@ -225,23 +225,24 @@ class MqaMma {
   };
   using Scales = std::conditional_t<kFoldScales, FoldedScales, NoScales>;
 
-  __device__ __forceinline__ Scales next_scales(const Keys& keys) const {
+  __device__ __forceinline__ Scales next_scales(uint32_t word) const {
     if constexpr (kFoldScales) {
-      const uint32_t other = from_lane_xor(keys.word, 1);
+      const uint32_t other = from_lane_xor(word, 1);
       const bool odd = lane_id() % 2;
-      const RowScale<kBlocks> top(odd ? other : keys.word), bottom(odd ? keys.word : other);
+      const RowScale<kBlocks> top(odd ? other : word), bottom(odd ? word : other);
       const bool regular = all_lanes(top.regular && bottom.regular);
       return {top, bottom, regular, odd ? bottom.factor() : top.factor()};
     } else {
       return {};
     }
   }
-  __device__ __forceinline__ void accept(const Keys& keys, const Scales& scales) {
-    word_ = keys.word;
+  __device__ __forceinline__ void accept(uint32_t word, const Scales& scales) {
+    word_ = word;
     if constexpr (kFoldScales) fold_.k_regular = scales.regular, fold_.factor = scales.factor;
   }
-  __device__ __forceinline__ void convert_step(const Keys& keys, int s, const Scales& scales) {
-    Step::convert(a_[s], keys.raw[s]);
+  __device__ __forceinline__ void convert_step(const typename Step::RawA& raw, int s,
+                                               const Scales& scales) {
+    Step::convert(a_[s], raw);
     if constexpr (kFoldScales) fold(a_[s], s, scales.top, scales.bottom);
   }
 

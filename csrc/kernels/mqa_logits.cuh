@@ -273,29 +273,32 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, S
   constexpr int kTilesOfQuery = T::NT / T::kQueries;
   const int t = lane_id() % 4;
   const uint32_t columns = own_columns<T>(base) + 8 * t;
-  float sum[T::NT][2];  // keys g and g + 8, of each 8 heads
+  // Sums over heads 2t, 2t + 1 of all tiles, for keys g and g + 8; even and odd tiles apart.
+  constexpr int kParts = kTilesOfQuery > 1 ? 2 : 1;
+  float sum[T::kQueries][kParts][2];
 #pragma unroll
   for (int j = 0; j < T::NT; ++j) {
+    float (&s)[2] = sum[j / kTilesOfQuery][j % kParts];
     float w0, w1;
     lds_floats(w0, w1, columns + 32 * j);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      sum[j][h] = fmaf(relu(acc[j][2 * h + 1]), w1, relu(acc[j][2 * h]) * w0);
+      const float first = relu(acc[j][2 * h]), second = relu(acc[j][2 * h + 1]);
+      s[h] = fmaf(second, w1, j % kTilesOfQuery < kParts ? first * w0 : fmaf(first, w0, s[h]));
     }
   }
+  if constexpr (kParts > 1) {
 #pragma unroll
-  for (int step = 1; step < kTilesOfQuery; step *= 2) {
-#pragma unroll
-    for (int j = 0; j < T::NT; j += 2 * step) {
-      sum[j][0] += sum[j + step][0], sum[j][1] += sum[j + step][1];
+    for (int query = 0; query < T::kQueries; ++query) {
+      sum[query][0][0] += sum[query][1][0], sum[query][0][1] += sum[query][1][1];
     }
   }
   const int own = key + lane_id() / 4 + 8 * (t % 2);
 #pragma unroll
   for (int query = 0; query < T::kQueries; query += 2) {
-    float (&s)[2] = sum[query * kTilesOfQuery];
+    float (&s)[2] = sum[query][0];
     if constexpr (T::kQueries > 1) {
-      float (&other)[2] = sum[(query + 1) * kTilesOfQuery];
+      float (&other)[2] = sum[query + 1][0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         s[h] = (t < 2 ? s[h] : other[h]) + from_lane_xor(t < 2 ? other[h] : s[h], 2);
@@ -315,48 +318,54 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, S
   }
 }
 
+// Gives `tiles` stages of keys back unread.
 template <class T>
-__device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int tile_key,
-                                              int tiles, Share& share, typename T::Mma& mma) {
-  typename T::Mma::Keys keys;
-  int group = T::kGroups, next_key = 0;
-  bool next_known = false, stage_done = false;
-  tile_key -= kTileKeys;
-  // Loads the next group of keys that this warp's queries may see; false at the end.
-  const auto fetch = [&] {
-    while (group >= T::kGroups) {
-      if (--tiles < 0) return false;
-      tile_key += kTileKeys;
-      mbarrier_wait(ring.full(), ring.at.parity);
-      if (tile_key < max_of_warp(share.window.end) &&
-          tile_key + kTileKeys > min_of_warp(share.window.begin)) {
-        group = share.first_group;
-      } else {
-        ring.release();
-      }
-    }
-    mma.load_keys(keys, ring.data(), 16 * group, ring.scales() + (16 * group << p.scale_shift));
-    next_key = tile_key + 16 * group;
-    next_known = lds32(ring.pages()) >> (16 * group >> p.page_shift) & 1;
-    group += 1 << share.key_shift;
-    stage_done = group >= T::kGroups;
-    return true;
-  };
-  if (!fetch()) return;
-  mma.start(keys);
-  for (bool more = true; more;) {
-    const int key = next_key;
-    const bool known = next_known;
-    const float factor = mma.row_factor();
-    if (stage_done) {  // all of its keys are in registers
-      ring.release();
-      stage_done = false;
-    }
-    more = fetch();
-    float acc[T::NT][4];
-    mma.multiply(acc, keys, own_columns<T>(ring.base) + 4 * T::kColumns);
-    finish_keys<T>(p, ring.base, share, acc, key, known, factor);
+__device__ __forceinline__ void skip_keys(MqaRing<T>& ring, int tiles) {
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    mbarrier_wait(ring.full(), ring.at.parity);
+    ring.release();
   }
+}
+
+// Of the segment's key tiles, multiplies those that this warp's queries see. A stage is given back
+// when the next one's keys are about to be loaded: then all of its own are in registers.
+template <class T>
+__device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int first_key,
+                                              int tiles, Share& share, typename T::Mma& mma) {
+  const int begin = min_of_warp(share.window.begin), end = max_of_warp(share.window.end);
+  const int skipped = min(max(begin - first_key, 0) / kTileKeys, tiles);
+  const int stop = min((max(end - first_key, 0) + kTileKeys - 1) / kTileKeys, tiles);
+  skip_keys(ring, stop > skipped ? skipped : tiles);
+  if (stop <= skipped) return;
+
+  const int step = 16 << share.key_shift, first = 16 * share.first_group;
+  const auto rows = [&](int key) { return ring.data() + key * T::kRowBytes; };
+  const auto scales = [&](int key) { return ring.scales() + (key << p.scale_shift); };
+  int tile_key = first_key + skipped * kTileKeys, key = first;  // of the stage
+  mbarrier_wait(ring.full(), ring.at.parity);
+  uint32_t pages = from_lane(lane_id() == 0 ? lds32(ring.pages()) : 0, 0);
+  mma.start(rows(key), scales(key));
+#pragma unroll 1
+  for (int left = (stop - skipped) * T::kGroups >> share.key_shift; left > 0; --left) {
+    const int current = tile_key + key;
+    const bool known = pages >> (key >> p.page_shift) & 1;
+    const float factor = mma.row_factor();
+    if (key + step < kTileKeys) {
+      key += step;
+    } else if (left > 1) {  // the last keys load themselves again
+      ring.release();
+      mbarrier_wait(ring.full(), ring.at.parity);
+      pages = from_lane(lane_id() == 0 ? lds32(ring.pages()) : 0, 0);
+      tile_key += kTileKeys;
+      key = first;
+    }
+    float acc[T::NT][4];
+    mma.multiply(acc, rows(key), scales(key), own_columns<T>(ring.base) + 4 * T::kColumns);
+    finish_keys<T>(p, ring.base, share, acc, current, known, factor);
+  }
+  ring.release();
+  skip_keys(ring, tiles - stop);
 }
 
 template <class T>
