@@ -39,6 +39,7 @@ struct RowScale {
   uint32_t largest;
   bool regular;
 
+  RowScale() = default;
   // e2m1 is moved into f16's bits 2^14 too small, so 2^15 * 2^(b - largest) makes it twice its
   // value relative to the largest scale: 2^-23 at least.
   __device__ __forceinline__ explicit RowScale(uint32_t word) {
@@ -141,40 +142,41 @@ class MqaMma {
     return 1.f;
   }
 
-  // Makes the 16 keys whose rows begin at `rows`, and their scales at `scales`, the current ones.
+  // Products come in three parts, so that the caller can turn to the next keys before the last:
+  //   start()        loads the first step of the keys whose rows begin at `rows`
+  //   first_steps()  all steps but the last, each of which loads the one after it
+  //   last_step()    the last one, while the first step of the next keys is loaded
+  // `scales` is the address of the keys' scales, `words` as in load_queries().
   __device__ __forceinline__ void start(uint32_t rows, uint32_t scales) {
-    const uint32_t word = load_scale(scales);
-    const Scales folded = next_scales(word);
-    static_for<kSteps>([&](auto s) {
-      typename Step::RawA raw;
-      load_rows16<kRowBytes>(raw, rows, offset_, s);
-      convert_step(raw, s, folded);
-    });
-    accept(word, folded);
+    typename Step::RawA raw;
+    load_rows16<kRowBytes>(raw, rows, offset_, 0);
+    accept(load_scale(scales));
+    convert_step(a_[0], raw, 0);
   }
 
-  // acc = current keys x queries, while the keys at `rows` become the current ones: a step of theirs
-  // is loaded while the one before is multiplied, so that few registers hold unconverted keys.
-  // `words` as in load_queries().
-  __device__ __forceinline__ void multiply(float (&acc)[NT][4], uint32_t rows, uint32_t scales,
-                                           uint32_t words) {
-    if (!kFoldScales || (fold_.k_regular && fold_.q_regular)) {
-      const uint32_t word = load_scale(scales);
-      const Scales folded = next_scales(word);
-      static_for<kSteps>([&](auto s) {
+  __device__ __forceinline__ void first_steps(float (&acc)[NT][4], uint32_t rows, uint32_t words) {
+    if (is_regular()) {
+      static_for<kSteps - 1>([&](auto s) {
         typename Step::RawA raw;
-        load_rows16<kRowBytes>(raw, rows, offset_, s);
+        load_rows16<kRowBytes>(raw, rows, offset_, s + 1);
         multiply_step<s>(acc);
-        convert_step(raw, s, folded);
+        convert_step(a_[(s + 1) % 2], raw, s + 1);
       });
-      accept(word, folded);
     } else {
-      multiply_irregular(acc, words);
-      start(rows, scales);
+      multiply_irregular(acc, rows, words);
     }
   }
 
-  // Factor of the current keys' logits, for key g + 8 * (t % 2). To be read before multiply().
+  __device__ __forceinline__ void last_step(float (&acc)[NT][4], uint32_t rows, uint32_t scales) {
+    typename Step::RawA raw;
+    load_rows16<kRowBytes>(raw, rows, offset_, 0);
+    const uint32_t word = load_scale(scales);
+    if (is_regular()) multiply_step<kSteps - 1>(acc);
+    accept(word);
+    convert_step(a_[0], raw, 0);
+  }
+
+  // Factor of the current keys' logits, for key g + 8 * (t % 2). To be read before last_step().
   __device__ __forceinline__ float row_factor() const {
     if constexpr (!kFp4) return __uint_as_float(word_);
     if constexpr (kFoldScales) return fold_.factor;
@@ -188,12 +190,11 @@ class MqaMma {
   }
 
 #if SM120_OPS_NATIVE
-  struct Scales {};
-  __device__ __forceinline__ Scales next_scales(uint32_t) const { return {}; }
-  __device__ __forceinline__ void accept(uint32_t word, const Scales&) { word_ = word; }
-  __device__ __forceinline__ void convert_step(const typename Step::RawA& raw, int s,
-                                               const Scales&) {
-    Step::convert(a_[s], raw);
+  __device__ __forceinline__ bool is_regular() const { return true; }
+  __device__ __forceinline__ void accept(uint32_t word) { word_ = word; }
+  __device__ __forceinline__ void convert_step(typename Step::FragA& a,
+                                               const typename Step::RawA& raw, int) const {
+    Step::convert(a, raw);
   }
 
   // The second scale of a row that has one block belongs to zeros and must not be NaN.
@@ -207,43 +208,35 @@ class MqaMma {
     for (int j = 0; j < NT; ++j) {
       if constexpr (kStep == 0) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
       if constexpr (kFp4) {
-        mma_mxf4<2 * kStep>(acc[j], a_[kStep], q_[j][kStep][0], native_word(word_), sfb_[j]);
+        mma_mxf4<2 * kStep>(acc[j], a_[kStep % 2], q_[j][kStep][0], native_word(word_), sfb_[j]);
       } else {
-        mma_mxf8f6f4<kFormat, 0>(acc[j], a_[kStep], q_[j][kStep][0], kNoScale, kNoScale);
+        mma_mxf8f6f4<kFormat, 0>(acc[j], a_[kStep % 2], q_[j][kStep][0], kNoScale, kNoScale);
       }
     }
   }
-  __device__ __forceinline__ void multiply_irregular(float (&)[NT][4], uint32_t) {}
+  __device__ __forceinline__ void multiply_irregular(float (&)[NT][4], uint32_t, uint32_t) {}
 
   uint32_t sfb_[NT];
 #else
-  struct NoScales {};
-  struct FoldedScales {
-    RowScale<kBlocks> top, bottom;
-    bool regular;  // of all 16 keys
-    float factor;  // of key g + 8 * (t % 2)
-  };
-  using Scales = std::conditional_t<kFoldScales, FoldedScales, NoScales>;
-
-  __device__ __forceinline__ Scales next_scales(uint32_t word) const {
+  __device__ __forceinline__ bool is_regular() const {
+    return !kFoldScales || (fold_.k_regular && fold_.q_regular);
+  }
+  // Makes these the scales of the current keys.
+  __device__ __forceinline__ void accept(uint32_t word) {
+    word_ = word;
     if constexpr (kFoldScales) {
       const uint32_t other = from_lane_xor(word, 1);
       const bool odd = lane_id() % 2;
-      const RowScale<kBlocks> top(odd ? other : word), bottom(odd ? word : other);
-      const bool regular = all_lanes(top.regular && bottom.regular);
-      return {top, bottom, regular, odd ? bottom.factor() : top.factor()};
-    } else {
-      return {};
+      fold_.top = RowScale<kBlocks>(odd ? other : word);
+      fold_.bottom = RowScale<kBlocks>(odd ? word : other);
+      fold_.k_regular = all_lanes(fold_.top.regular && fold_.bottom.regular);
+      fold_.factor = odd ? fold_.bottom.factor() : fold_.top.factor();
     }
   }
-  __device__ __forceinline__ void accept(uint32_t word, const Scales& scales) {
-    word_ = word;
-    if constexpr (kFoldScales) fold_.k_regular = scales.regular, fold_.factor = scales.factor;
-  }
-  __device__ __forceinline__ void convert_step(const typename Step::RawA& raw, int s,
-                                               const Scales& scales) {
-    Step::convert(a_[s], raw);
-    if constexpr (kFoldScales) fold(a_[s], s, scales.top, scales.bottom);
+  __device__ __forceinline__ void convert_step(typename Step::FragA& a,
+                                               const typename Step::RawA& raw, int s) const {
+    Step::convert(a, raw);
+    if constexpr (kFoldScales) fold(a, s, fold_.top, fold_.bottom);
   }
 
   // Multiplies the rows g (top) and g + 8 (bottom) of a step's fragments; two MMAs are a 32-block.
@@ -271,7 +264,7 @@ class MqaMma {
         if (kStep == 0 && m == 0) {
           mma_f16_zero(acc[j], a_[0][0], q_[j][0][0]);
         } else {
-          mma_f16(acc[j], a_[kStep][m], q_[j][kStep][m]);
+          mma_f16(acc[j], a_[kStep % 2][m], q_[j][kStep][m]);
         }
       }
     }
@@ -281,21 +274,27 @@ class MqaMma {
   static __device__ __forceinline__ float block_scale(uint32_t word, int block) {
     return RowScale<kBlocks>(word).regular ? 1.f : scale_value(word >> 8 * block & 0xff);
   }
-  // Some row or column is irregular: every 32-block's product is scaled by itself.
-  __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t words) {
+  // Some row or column is irregular: every 32-block's product is scaled by itself. All steps.
+  __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t rows,
+                                                     uint32_t words) {
     const uint32_t other = from_lane_xor(word_, 1);
     const bool odd = lane_id() % 2;
     const uint32_t own[2] = {odd ? other : word_, odd ? word_ : other};  // rows g, g + 8
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
+    for (int j = 0; j < NT; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        constexpr int kPerStep = kMmas / 2;  // blocks
-        const int s = b / kPerStep, m = b % kPerStep * 2;
+    for (int b = 0; b < kBlocks; ++b) {
+      constexpr int kPerStep = kMmas / 2;  // blocks
+      const int s = b / kPerStep, m = b % kPerStep * 2;
+      typename Step::RawA raw;
+      typename Step::FragA a;
+      load_rows16<kRowBytes>(raw, rows, offset_, s);
+      convert_step(a, raw, s);
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
         float p[4], row[2], column[2];
-        mma_f16_zero(p, a_[s][m], q_[j][s][m]);
-        mma_f16(p, a_[s][m + 1], q_[j][s][m + 1]);
+        mma_f16_zero(p, a[m], q_[j][s][m]);
+        mma_f16(p, a[m + 1], q_[j][s][m + 1]);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t q_word = lds32(words + 4 * (8 * j + lane_id() % 4 * 2 + e));
@@ -309,12 +308,13 @@ class MqaMma {
   }
 #endif
 
-  typename Step::FragA a_[kSteps];
+  typename Step::FragA a_[2];  // of even and odd steps
   uint32_t q_[NT][kSteps][kMmas][2];
   uint32_t word_, offset_;
   // Emulated FP4: state of the folded scales.
   struct {
-    float factor;
+    RowScale<kBlocks> top, bottom;  // of rows g and g + 8
+    float factor;                   // of key g + 8 * (t % 2)
     bool k_regular, q_regular;
   } fold_;
 };

@@ -88,4 +88,19 @@ __device__ __forceinline__ int load_readonly(const int* p) {
   return __ldg(p);
 }
 
+// Stores where `yes`, without a branch: a branch ends the block of instructions that the compiler
+// interleaves. PTX ISA "Predicated Execution".
+__device__ __forceinline__ void store_if(bool yes, float* p, float value) {
+  asm volatile("{\n.reg .pred q;\nsetp.ne.u32 q, %0, 0;\n@q st.global.f32 [%1], %2;\n}" ::"r"(
+                   static_cast<uint32_t>(yes)),
+               "l"(p), "f"(value)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool yes, uint16_t* p, uint16_t value) {
+  asm volatile("{\n.reg .pred q;\nsetp.ne.u32 q, %0, 0;\n@q st.global.u16 [%1], %2;\n}" ::"r"(
+                   static_cast<uint32_t>(yes)),
+               "l"(p), "h"(value)
+               : "memory");
+}
+
 }  // namespace sm120

@@ -12,7 +12,7 @@ namespace {
 
 // Allows the kernel its dynamic shared memory, once an instance and device.
 cudaError_t allow_smem(const MqaInstance& instance, int slot) {
-  constexpr int kDevices = 128, kSlots = 48;
+  constexpr int kDevices = 128, kSlots = 60;
   static std::array<std::atomic<bool>, kSlots * kDevices> done{};
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
@@ -41,11 +41,11 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
   // less.
   const int rows = p.rows.indices != nullptr ? 1 : p.rows.cell_rows;
   const int tiles = (ragged ? p.rows.num_rows : rows) * p.heads > 32 ? 8 : 4;
-  const int queries = std::max(8 * tiles / p.heads, 1);
+  const int queries = 8 * tiles / p.heads;
   const MqaInstance instance = q.fp4 ? mqa_instance_fp4(q.head_dim, tiles, queries)
                                      : mqa_instance_fp8(q.head_dim, tiles, queries);
   const int slot = 6 * q.fp4 + 2 * (log2_of(q.head_dim) - 5) + tiles / 8;
-  const cudaError_t error = allow_smem(instance, 4 * slot + log2_of(queries));
+  const cudaError_t error = allow_smem(instance, 5 * slot + log2_of(queries + 1));
   if (error != cudaSuccess) return error;
 
   const int row_bytes = q.fp4 ? q.head_dim / 2 : q.head_dim;

@@ -36,8 +36,8 @@ struct MqaInstance {
   int smem_bytes = 0;
 };
 
-// tiles: 8-column tiles of a warp, 4 or 8; queries: those that share these columns, 1 where one
-// query has as many or more. Empty for a head_dim that is not compiled.
+// tiles: 8-column tiles of a warp, 4 or 8; queries: those that share these columns, 0 where one
+// query has twice as many. Empty for a head_dim that is not compiled.
 MqaInstance mqa_instance_fp8(int head_dim, int tiles, int queries);
 MqaInstance mqa_instance_fp4(int head_dim, int tiles, int queries);
 

@@ -20,12 +20,13 @@ struct alignas(16) StageInfo {
   int first_key, tiles;
 };
 
-// kBoxQueries: queries of a box, 1 even if a box is a part of one. A constant, so that the sums
-// over heads are straight-line code.
+// kBoxQueries: queries of a box, 0 if a box is half of one. A constant, so that the sums over heads
+// are straight-line code.
 template <Format kFormat, int kDim, int kTiles, int kBoxQueries>
 struct MqaTraits {
   static constexpr int NT = kTiles;
-  static constexpr int kQueries = kBoxQueries;
+  static constexpr bool kHalves = kBoxQueries == 0;
+  static constexpr int kQueries = kHalves ? 1 : kBoxQueries;
   static_assert(kTiles % kQueries == 0);
   static constexpr int kColumns = 8 * NT;  // heads of a query box, the share of a math warp
   using Mma = MqaMma<kFormat, kDim, NT>;
@@ -204,10 +205,16 @@ struct Share {
   uint32_t slot;    // of the sums that the halves join; changes from one join to the next
 };
 
+// Of one of the box's queries; nothing for a lane (or a warp with half a query) that stores none.
+template <class T>
 __device__ __forceinline__ Target target_of(const MqaParams& p, const Share& share, int query) {
-  const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
+  const int begin = from_lane(share.window.begin, query);
+  const int end = from_lane(share.window.end, query);
   const int64_t row = (share.row + query) * p.out_stride;
-  return {window, p.rows.width > 0 ? row - window.begin : row};
+  const bool stores =
+      T::kQueries > 1 || (lane_id() % 4 < 2 && !(T::kHalves && threadIdx.x / kWarpSize % 2));
+  return {begin, stores && begin < end ? static_cast<uint32_t>(end - begin) : 0,
+          p.rows.width > 0 ? row - begin : row};
 }
 
 template <class T>
@@ -221,7 +228,7 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
   share.key_shift = 3;
   while (kMqaWarps >> share.key_shift < boxes) --share.key_shift;
-  const int halved = p.heads > T::kColumns ? 1 : 0;  // then there are 2 boxes or more
+  constexpr int halved = T::kHalves ? 1 : 0;  // then there are 2 boxes or more
   share.first_group = warp >> halved & ((1 << share.key_shift) - 1);
   const int box = warp >> halved >> share.key_shift << halved | (warp & halved);
   share.box = box;
@@ -231,7 +238,7 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   share.window = {0x7fffffff, 0};
   if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
   if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
-  share.target = target_of(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
+  share.target = target_of<T>(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
   // The columns' weights and scale words; only this warp reads them.
   const uint32_t columns = own_columns<T>(ring.base);
@@ -251,16 +258,15 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   __syncwarp();
 }
 
-// H > columns: two warps have the halves of a query's heads. One hands its sums to the other, in
-// two slots by turns, so that one barrier a group is enough.
-__device__ __forceinline__ bool join_halves(Share& share, float& sum) {
+// H > columns: two warps have the halves of a query's heads. The odd one hands its sums to the
+// other, in two slots by turns, so that one barrier a group is enough.
+__device__ __forceinline__ float join_halves(Share& share, float sum) {
   const int warp = threadIdx.x / kWarpSize, t = lane_id() % 4;
   const uint32_t slot = share.slot + 4 * (lane_id() / 4 + 8 * (t % 2));
   share.slot ^= 64;
   if (warp % 2 && t < 2) sts_float(slot, sum);
   named_barrier(1 + warp / 2, 2 * kWarpSize);
-  if (warp % 2 == 0) sum += __uint_as_float(lds32(slot));
-  return warp % 2 == 0;
+  return sum + __uint_as_float(lds32(slot));
 }
 
 // Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
@@ -305,16 +311,10 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, S
       }
     }
     float value = (t % 2 ? s[1] : s[0]) + from_lane_xor(t % 2 ? s[0] : s[1], 1);
-    bool stores = true;
-    if constexpr (T::kQueries == 1) {
-      value += from_lane_xor(value, 2);
-      if (p.heads > T::kColumns && !join_halves(share, value)) return;
-      stores = t < 2;
-    }
-    const Target to = query == 0 ? share.target : target_of(p, share, query + t / 2);
-    if (stores && own >= to.window.begin && own < to.window.end) {
-      store_logit(p, to.at + own, known ? value * factor : -INFINITY);
-    }
+    if constexpr (T::kQueries == 1) value += from_lane_xor(value, 2);
+    if constexpr (T::kHalves) value = join_halves(share, value);
+    const Target to = query == 0 ? share.target : target_of<T>(p, share, query + t / 2);
+    store_logit(p, to, own, known ? value * factor : -INFINITY);
   }
 }
 
@@ -345,7 +345,10 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   int tile_key = first_key + skipped * kTileKeys, key = first;  // of the stage
   mbarrier_wait(ring.full(), ring.at.parity);
   uint32_t pages = from_lane(lane_id() == 0 ? lds32(ring.pages()) : 0, 0);
+  const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
+  float acc[T::NT][4];
   mma.start(rows(key), scales(key));
+  mma.first_steps(acc, rows(key), words);
 #pragma unroll 1
   for (int left = (stop - skipped) * T::kGroups >> share.key_shift; left > 0; --left) {
     const int current = tile_key + key;
@@ -360,9 +363,9 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
       tile_key += kTileKeys;
       key = first;
     }
-    float acc[T::NT][4];
-    mma.multiply(acc, rows(key), scales(key), own_columns<T>(ring.base) + 4 * T::kColumns);
+    mma.last_step(acc, rows(key), scales(key));
     finish_keys<T>(p, ring.base, share, acc, current, known, factor);
+    mma.first_steps(acc, rows(key), words);
   }
   ring.release();
   skip_keys(ring, tiles - stop);
