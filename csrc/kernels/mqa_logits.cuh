@@ -348,12 +348,13 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
   float acc[T::NT][4];
   mma.start(rows(key), scales(key));
-  mma.first_steps(acc, rows(key), words);
+  mma.first_steps(acc, rows(key));
 #pragma unroll 1
   for (int left = (stop - skipped) * T::kGroups >> share.key_shift; left > 0; --left) {
     const int current = tile_key + key;
     const bool known = pages >> (key >> p.page_shift) & 1;
     const float factor = mma.row_factor();
+    mma.correct(acc, rows(key), words);
     if (key + step < kTileKeys) {
       key += step;
     } else if (left > 1) {  // the last keys load themselves again
@@ -365,7 +366,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
     }
     mma.last_step(acc, rows(key), scales(key));
     finish_keys<T>(p, ring.base, share, acc, current, known, factor);
-    mma.first_steps(acc, rows(key), words);
+    mma.first_steps(acc, rows(key));
   }
   ring.release();
   skip_keys(ring, tiles - stop);
