@@ -47,6 +47,13 @@ __device__ __forceinline__ int count_lanes(uint32_t lanes) {
 __device__ __forceinline__ void count_up(uint32_t* counter) {
   atomicAdd_block(counter, 1u);
 }
+// Adds to a counter in shared memory and gives what it was.
+__device__ __forceinline__ uint32_t add_to(uint32_t* counter, uint32_t value) {
+  return atomicAdd_block(counter, value);
+}
+__device__ __forceinline__ void set_bits(uint32_t* word, uint32_t bits) {
+  atomicOr_block(word, bits);
+}
 
 // The value of another lane: by number, by XOR with `mask`, `distance` lanes below (one's own where
 // there is none).
@@ -86,6 +93,11 @@ __device__ __forceinline__ uint4 load_readonly(const uint4* p) {
 }
 __device__ __forceinline__ int load_readonly(const int* p) {
   return __ldg(p);
+}
+
+// PTX ISA "prefetch"
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // Stores where `yes`, without a branch: a branch ends the block of instructions that the compiler

@@ -13,11 +13,13 @@
 
 namespace sm120 {
 
-// What a stage holds, written by the producer beside it.
+// What a stage holds, written by the producer beside it. Of a warp, lane 0 alone reads it and tells
+// the others: then the arrival that gives the stage back, lane 0's too, is behind that read in one
+// thread's order, which is all that a race checker can see.
 struct alignas(16) StageInfo {
-  uint32_t pages;  // of a key stage: bit i set where page i was copied
-  int row, rows;   // of a segment's first stage: its rows, 0 of them at the end of all work
+  int row, rows;  // of a segment's first stage: its rows, 0 of them at the end of all work
   int first_key, tiles;
+  uint32_t pages;  // of a key stage: bit i set where page i was copied
 };
 
 // kBoxQueries: queries of a box, 0 if a box is half of one. A constant, so that the sums over heads
@@ -67,10 +69,19 @@ struct MqaRing {
 
   __device__ uint32_t data() const { return base + at.stage * T::kStageBytes; }
   __device__ uint32_t scales() const { return base + T::kScalesAt + at.stage * T::kScaleBytes; }
-  __device__ uint32_t pages() const {
+  __device__ uint32_t info_address() const {
     return base + T::kInfosAt + at.stage * static_cast<int>(sizeof(StageInfo));
   }
-  __device__ StageInfo* info() const { return static_cast<StageInfo*>(smem_pointer(pages())); }
+  __device__ StageInfo* info() const {
+    return static_cast<StageInfo*>(smem_pointer(info_address()));
+  }
+  __device__ StageInfo read_segment() const {
+    const int4 v = lane_id() == 0 ? lds128(info_address()) : int4{};
+    return {from_lane(v.x, 0), from_lane(v.y, 0), from_lane(v.z, 0), from_lane(v.w, 0), 0};
+  }
+  __device__ uint32_t read_pages() const {
+    return from_lane(lane_id() == 0 ? lds32(info_address() + offsetof(StageInfo, pages)) : 0, 0);
+  }
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
   __device__ void release() {
@@ -90,7 +101,7 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
   for (int box = 0; box == 0 || box < boxes; box += T::kBoxes) {
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      if (box == 0) *ring.info() = StageInfo{0, row, rows, s.first_key, s.tiles};
+      if (box == 0) *ring.info() = StageInfo{row, rows, s.first_key, s.tiles, 0};
       const int count = min(T::kBoxes, boxes - box);
       mbarrier_expect_tx(ring.full(), count * T::kBoxBytes);
 #pragma unroll 1
@@ -101,6 +112,12 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
     }
     __syncwarp();
     ring.at.advance();
+  }
+  // The math warps read these when the queries are there.
+#pragma unroll 1
+  for (int i = lane_id(); i < rows; i += kWarpSize) {
+    const float* weights = p.weights + (row + i) * p.weights_stride;
+    for (int head = 0; head < p.heads; head += 32) prefetch_l2(weights + head);
   }
 }
 
@@ -167,11 +184,6 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
 template <class T>
 __device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
                                             Cursor to) {
-  tma_prefetch_map(&p.q);
-  if (p.num_blocks > 0) {
-    tma_prefetch_map(&p.k);
-    tma_prefetch_map(&p.k_scale);
-  }
   const int most_rows = kMqaWarps * T::kColumns / p.heads;  // a pass
   SegmentWalk walk(p.rows, from, to);
   for (Segment s; walk.next(p.rows, s);) {
@@ -344,7 +356,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   const auto scales = [&](int key) { return ring.scales() + (key << p.scale_shift); };
   int tile_key = first_key + skipped * kTileKeys, key = first;  // of the stage
   mbarrier_wait(ring.full(), ring.at.parity);
-  uint32_t pages = from_lane(lane_id() == 0 ? lds32(ring.pages()) : 0, 0);
+  uint32_t pages = ring.read_pages();
   const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
   float acc[T::NT][4];
   mma.start(rows(key), scales(key));
@@ -360,7 +372,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
     } else if (left > 1) {  // the last keys load themselves again
       ring.release();
       mbarrier_wait(ring.full(), ring.at.parity);
-      pages = from_lane(lane_id() == 0 ? lds32(ring.pages()) : 0, 0);
+      pages = ring.read_pages();
       tile_key += kTileKeys;
       key = first;
     }
@@ -379,7 +391,7 @@ __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring)
   share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
     mbarrier_wait(ring.full(), ring.at.parity);
-    const StageInfo info = *ring.info();
+    const StageInfo info = ring.read_segment();
     if (info.rows == 0) return;
     const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
     take_share(p, ring, info.row, info.rows, boxes, share);
@@ -412,6 +424,11 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMqaWarps);
     }
     mbarrier_init_fence();
+    tma_prefetch_map(&p.q);
+    if (p.num_blocks > 0) {
+      tma_prefetch_map(&p.k);
+      tma_prefetch_map(&p.k_scale);
+    }
   }
   pdl_wait();  // global memory may be touched from here on
   constexpr int kWarps = kMqaThreads / kWarpSize;

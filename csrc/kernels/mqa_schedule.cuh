@@ -79,14 +79,14 @@ struct Cursor {
 template <int kWarps>
 __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int first, int last,
                                              Cursor* out, int64_t (&sums)[kWarps]) {
+  constexpr uint32_t kThreads = kWarps * kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
   const auto tiles_at = [&](int cell) { return tiles_of(cell_keys<8>(r, cell_at(r, cell))); };
   // Each thread takes a contiguous part of the cells.
-  const uint32_t part = r.cells / (kWarps * kWarpSize) + 1;
-  const int begin = min(threadIdx.x * part, static_cast<uint32_t>(r.cells));
-  const int end = min(begin + part, static_cast<uint32_t>(r.cells));
+  const uint32_t cells = r.cells, part = (cells + kThreads - 1) / kThreads;
+  const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
-#pragma unroll 1
+#pragma unroll 4
   for (int cell = begin; cell < end; ++cell) sum += tiles_at(cell);
   int64_t upto = sum;
 #pragma unroll
@@ -102,17 +102,19 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     if (w == warp) before += total;
     total += sums[w];
   }
-  const auto unit = [&](int c) { return c * total / ctas; };
+  // c * total / ctas with one division of 64 bits.
+  const int64_t each = total / ctas;
+  const uint32_t rest = static_cast<uint32_t>(total - each * ctas);
+  const auto unit = [&](int c) { return c * each + c * rest / ctas; };
   // Ranges that start behind the last tile.
 #pragma unroll 1
-  for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kWarps * kWarpSize) {
+  for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
     if (unit(c) == total) out[c - first] = {r.cells, 0};
   }
   if (sum == 0) return;
-  int c = first;
-  // The first range that does not start before this part does; of a few ranges, by trying.
-  if (last - first > 2) c = max(c, static_cast<int>((before * ctas + total - 1) / total));
-  int cell = begin;
+  // The first range that does not start before this part does, or a little less, by an estimate.
+  const float about = static_cast<float>(before) * (static_cast<float>(ctas) / total);
+  int c = max(first, static_cast<int>(about * (1 - 0x1p-20f)) - 1), cell = begin;
 #pragma unroll 1
   for (; c <= last; ++c) {
     const int64_t start = unit(c);
