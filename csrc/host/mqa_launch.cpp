@@ -54,6 +54,7 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
     p.rows.cell_rows = kMqaWarps * 8 * tiles / p.heads;
     p.rows.cells = static_cast<int>(ceil_div(p.rows.num_rows, p.rows.cell_rows));
   }
+  p.heads_shift = log2_of(p.heads);
   p.page_shift = log2_of(p.block_kv);
   p.scale_shift = p.block_kv == 16 ? 3 : 2;  // TMA writes to multiples of 128 bytes
   p.q = operand_map(q.data, static_cast<int64_t>(p.rows.num_rows) * p.heads, row_bytes, row_bytes,

@@ -154,7 +154,7 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
   }
   const int32_t* table = p.block_table + static_cast<int64_t>(sequence) * p.table_stride;
   const int in_tile = kTileKeys / p.block_kv;
-  const int pages = (cell_keys<1>(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
+  const int pages = (cell_keys(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
   const int page_bytes = p.block_kv * T::kRowBytes;
   int page = s.tile * in_tile + lane_id();
   const auto block_at = [&](int i) { return lane_id() < in_tile && i < pages ? table[i] : -1; };
@@ -244,28 +244,32 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   share.first_group = warp >> halved & ((1 << share.key_shift) - 1);
   const int box = warp >> halved >> share.key_shift << halved | (warp & halved);
   share.box = box;
-  const int first = box * T::kColumns / p.heads;
+
+  // The columns' weights and scale words; only this warp reads them. All loads before their uses.
+  constexpr int kOwn = T::kColumns / kWarpSize;
+  float weight[kOwn];
+  uint32_t word[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int column = box * T::kColumns + i * kWarpSize + lane;
+    const int query = column >> p.heads_shift, head = column & (p.heads - 1);
+    const int64_t at = static_cast<int64_t>(row) + query;
+    weight[i] = query < rows ? p.weights[at * p.weights_stride + head] : 0.f;
+    word[i] = T::kFp4 && query < rows ? p.q_scale[at * p.heads + head] : 0x7f7f7f7f;
+  }
+  const int first = box * T::kColumns >> p.heads_shift;
   share.row = row + first;
-  share.queries = max(0, min(rows - first, max(T::kColumns / p.heads, 1)));
+  share.queries = max(0, min(rows - first, T::kQueries));
   share.window = {0x7fffffff, 0};
   if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
   if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
   share.target = target_of<T>(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
-  // The columns' weights and scale words; only this warp reads them.
-  const uint32_t columns = own_columns<T>(ring.base);
-#pragma unroll 1
-  for (int c = lane; c < T::kColumns; c += kWarpSize) {
-    const int query = (box * T::kColumns + c) / p.heads, head = (box * T::kColumns + c) % p.heads;
-    float weight = 0;
-    uint32_t word = 0x7f7f7f7f;
-    if (query < rows) {
-      const int64_t at = static_cast<int64_t>(row) + query;
-      weight = p.weights[at * p.weights_stride + head];
-      if constexpr (T::kFp4) word = p.q_scale[at * p.heads + head];
-    }
-    sts_float(columns + 4 * c, weight * T::Mma::column_factor(word));
-    sts_float(columns + 4 * (T::kColumns + c), __uint_as_float(word));
+  const uint32_t columns = own_columns<T>(ring.base) + 4 * lane;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    sts_float(columns + 4 * kWarpSize * i, weight[i] * T::Mma::column_factor(word[i]));
+    sts_float(columns + 4 * (T::kColumns + kWarpSize * i), __uint_as_float(word[i]));
   }
   __syncwarp();
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include "device/arch.cuh"
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "device/warp.cuh"
 #include "kernels/mqa.h"
 
@@ -47,14 +48,14 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
 }
 
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
-// kAtOnce: rows whose windows are loaded together.
-template <int kAtOnce>
+// Here and below loops stay rolled up: fetching instructions that are not in the cache is what
+// these few steps take longest for.
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
     if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
   } else {
-#pragma unroll kAtOnce
+#pragma unroll 1
     for (int i = 0; i < cell.rows; ++i) {
       const KeyRange row = row_keys(r, cell.row + i);
       if (row.begin >= row.end) continue;
@@ -74,6 +75,27 @@ struct Cursor {
   int cell, tile;
 };
 
+// c * total / parts for any c, by what is worked out once: total < 2^63, parts < 2^16.
+struct EqualParts {
+  uint32_t parts, rest;
+  int64_t each;
+
+  // total / parts digit by digit, which is much less code than a division of 64 bits.
+  __device__ __forceinline__ EqualParts(int64_t total, uint32_t count)
+      : parts(count), rest(0), each(0) {
+#pragma unroll
+    for (int digit = 2; digit >= 0; --digit) {
+      const auto upper = static_cast<uint32_t>(digit == 2 ? total >> 32 : total >> 16 * digit & 0xffff);
+      const uint32_t n = rest << 16 | upper;
+      each = each << 16 | n / parts;
+      rest = n % parts;
+    }
+  }
+  __device__ __forceinline__ int64_t start(int c) const {
+    return c * each + static_cast<uint32_t>(c) * rest / parts;
+  }
+};
+
 // Writes the cursors of ranges first .. last of `ctas` to out[0 ..]; range c starts at unit
 // c * total / ctas. Every thread of a block of kWarps warps must call it; `sums` is shared memory.
 template <int kWarps>
@@ -81,12 +103,12 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
                                              Cursor* out, int64_t (&sums)[kWarps]) {
   constexpr uint32_t kThreads = kWarps * kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  const auto tiles_at = [&](int cell) { return tiles_of(cell_keys<8>(r, cell_at(r, cell))); };
+  const auto tiles_at = [&](int cell) { return tiles_of(cell_keys(r, cell_at(r, cell))); };
   // Each thread takes a contiguous part of the cells.
   const uint32_t cells = r.cells, part = (cells + kThreads - 1) / kThreads;
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
-#pragma unroll 4
+#pragma unroll 1
   for (int cell = begin; cell < end; ++cell) sum += tiles_at(cell);
   int64_t upto = sum;
 #pragma unroll
@@ -102,22 +124,20 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     if (w == warp) before += total;
     total += sums[w];
   }
-  // c * total / ctas with one division of 64 bits.
-  const int64_t each = total / ctas;
-  const uint32_t rest = static_cast<uint32_t>(total - each * ctas);
-  const auto unit = [&](int c) { return c * each + c * rest / ctas; };
+  const EqualParts ranges(total, ctas);
   // Ranges that start behind the last tile.
 #pragma unroll 1
   for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
-    if (unit(c) == total) out[c - first] = {r.cells, 0};
+    if (ranges.start(c) == total) out[c - first] = {r.cells, 0};
   }
   if (sum == 0) return;
   // The first range that does not start before this part does, or a little less, by an estimate.
-  const float about = static_cast<float>(before) * (static_cast<float>(ctas) / total);
+  const float about = static_cast<float>(before) *
+                      rough_quotient(static_cast<float>(ctas), static_cast<float>(total));
   int c = max(first, static_cast<int>(about * (1 - 0x1p-20f)) - 1), cell = begin;
 #pragma unroll 1
   for (; c <= last; ++c) {
-    const int64_t start = unit(c);
+    const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
     for (int tiles; start >= before + (tiles = tiles_at(cell)); ++cell)
@@ -147,7 +167,7 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        tiles_ = cell < r.cells ? tiles_of(cell_keys<1>(r, cell_at(r, cell))) : 0;
+        tiles_ = cell < r.cells ? tiles_of(cell_keys(r, cell_at(r, cell))) : 0;
       }
       const int skipped = at_.cell - seen_;
       const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
@@ -166,7 +186,7 @@ class SegmentWalk {
       at_ = {cell + 1, 0};
       if (s.tiles <= 0) continue;
       s.cell = cell_at(r, cell);
-      s.first_key = cell_keys<1>(r, s.cell).begin + s.tile * kTileKeys;
+      s.first_key = cell_keys(r, s.cell).begin + s.tile * kTileKeys;
       return true;
     }
     return false;
