@@ -79,11 +79,18 @@ struct MqaRing {
     const int4 v = lane_id() == 0 ? lds128(info_address()) : int4{};
     return {from_lane(v.x, 0), from_lane(v.y, 0), from_lane(v.z, 0), from_lane(v.w, 0), 0};
   }
+  // Of lane 0; what the others get means nothing.
   __device__ uint32_t read_pages() const {
-    return from_lane(lane_id() == 0 ? lds32(info_address() + offsetof(StageInfo, pages)) : 0, 0);
+    return lane_id() == 0 ? lds32(info_address() + offsetof(StageInfo, pages)) : 0;
   }
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  // Whether the stage after this one is full by now.
+  __device__ bool next_is_full() const {
+    RingState<T::kStages> next = at;
+    next.advance();
+    return mbarrier_test(base + T::kFullAt + 8 * next.stage, next.parity);
+  }
   __device__ void release() {
     release_stage(empty());
     at.advance();
@@ -358,32 +365,38 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   const int step = 16 << share.key_shift, first = 16 * share.first_group;
   const auto rows = [&](int key) { return ring.data() + key * T::kRowBytes; };
   const auto scales = [&](int key) { return ring.scales() + (key << p.scale_shift); };
+  const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
+  int left = (stop - skipped) * T::kGroups >> share.key_shift;
   int tile_key = first_key + skipped * kTileKeys, key = first;  // of the stage
   mbarrier_wait(ring.full(), ring.at.parity);
   uint32_t pages = ring.read_pages();
-  const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
   float acc[T::NT][4];
   mma.start(rows(key), scales(key));
   mma.first_steps(acc, rows(key));
-#pragma unroll 1
-  for (int left = (stop - skipped) * T::kGroups >> share.key_shift; left > 0; --left) {
+  bool turns = key + step >= kTileKeys && left > 1;
+  bool full = ring.next_is_full();  // asked for early: the answer takes a while
+  do {
     const int current = tile_key + key;
-    const bool known = pages >> (key >> p.page_shift) & 1;
+    const uint32_t known = pages >> (key >> p.page_shift) & 1;  // of lane 0
     const float factor = mma.row_factor();
     mma.correct(acc, rows(key), words);
-    if (key + step < kTileKeys) {
-      key += step;
-    } else if (left > 1) {  // the last keys load themselves again
+    // The last keys of all load themselves again.
+    if (turns) {
       ring.release();
-      mbarrier_wait(ring.full(), ring.at.parity);
+      if (!full) mbarrier_wait(ring.full(), ring.at.parity);
       pages = ring.read_pages();
       tile_key += kTileKeys;
       key = first;
+    } else if (left > 1) {
+      key += step;
     }
+    --left;
+    turns = key + step >= kTileKeys && left > 1;
     mma.last_step(acc, rows(key), scales(key));
-    finish_keys<T>(p, ring.base, share, acc, current, known, factor);
+    finish_keys<T>(p, ring.base, share, acc, current, from_lane(known, 0), factor);
     mma.first_steps(acc, rows(key));
-  }
+    full = ring.next_is_full();
+  } while (left > 0);
   ring.release();
   skip_keys(ring, tiles - stop);
 }

@@ -160,12 +160,12 @@ struct Threshold {
 
 // ---- Gathering ---------------------------------------------------------------------------------
 
-// Gathers the logits whose key is `from` or more, with their columns; from = 0: all. Gives how many
-// there are; above kGathered, not all of them were kept.
+// Gathers the logits whose key is `from` (but at most infinity's) or more, with their columns; from =
+// 0: all. Gives how many there are; above kGathered, not all of them were kept.
 template <typename T>
 __device__ __forceinline__ uint32_t gather(Shared& s, const Row<T>& row, uint32_t from) {
   constexpr int kVectors = 2;
-  const float least = logit_of(from);
+  const float least = logit_of(min(from, kInfBits | 0x80000000u));
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
   const uint32_t end = row.end;
@@ -228,7 +228,7 @@ __device__ __forceinline__ uint32_t guess(Shared& s, const Row<T>& row, uint32_t
   return r.prefix << shift_of(1);
 }
 
-// Gathers the k greatest of a row, or more; gives how many. 0: k-th keys alone are too many. Then
+// Gathers the k greatest of a row, or more; gives how many. 0: there are too many ties to. Then
 // `threshold` tells what is chosen.
 template <typename T>
 __device__ __forceinline__ uint32_t gather_greatest(Shared& s, const Row<T>& row, uint32_t k,
@@ -239,12 +239,17 @@ __device__ __forceinline__ uint32_t gather_greatest(Shared& s, const Row<T>& row
   const auto each = [&](auto&& f) { row.each(f); };
   Range r;
   r.wanted = k;
+  const auto fits = [&](int round) {
+    if (k - r.wanted + r.inside > kGathered) return false;
+    count = gather(s, row, r.prefix << shift_of(round));
+    return count <= kGathered;
+  };
   narrow<0>(s, r, each);
-  if (k - r.wanted + r.inside <= kGathered) return gather(s, row, r.prefix << shift_of(0));
+  if (fits(0)) return count;
   narrow<1>(s, r, each);
-  if (k - r.wanted + r.inside <= kGathered) return gather(s, row, r.prefix << shift_of(1));
+  if (fits(1)) return count;
   narrow<2>(s, r, each);
-  if (k - r.wanted + r.inside <= kGathered) return gather(s, row, r.prefix);
+  if (fits(2)) return count;
   threshold = {r.prefix, r.wanted};
   return 0;
 }
