@@ -8,10 +8,10 @@
 // FP8 has no scales inside the product. Natively the block-scaled MMA runs with scales of 1.0: the
 // plain one is half as fast on GeForce cards.
 // FP4, native: the scale words go to the MMA as they are. Emulated: each row's scales, relative to
-// the row's largest one, are multiplied into its f16 fragments, which is exact while they span at
-// most 21 octaves; the largest itself is left to the epilogue, since a positive factor commutes
-// with relu (keys: row_factor(); queries: column_factor(), folded into the weights). Rows with
-// other scales, NaN included, are "irregular": then every 32-block is scaled by itself in FP32.
+// that of its first block, are multiplied into its f16 fragments, which is exact for up to 14
+// octaves; that of the first block is left to the epilogue, since a positive factor commutes with
+// relu (keys: row_factor(); queries: column_factor(), folded into the weights). Rows with other
+// scales, NaN included, are "irregular": then every 32-block is scaled by itself in FP32.
 #pragma once
 #include "device/atom.cuh"
 #include "device/convert.cuh"
@@ -32,36 +32,31 @@ __device__ __forceinline__ void load_rows16(uint32_t (&r)[4], uint32_t tile, uin
   }
 }
 
-// A row's scales for its f16 fragments, which hold 2^-6 of the values (see expand()).
+// A row's scales for its f16 fragments, which hold 2^-6 of the values (see expand()): those of a
+// 32-block b > 0 are multiplied by 2^(scale b - scale 0), which leaves 2^(scale 0 + 6) to be applied.
 template <int kBlocks>
 struct RowScale {
-  static constexpr int kMaxSpan = 21;
-  uint32_t multipliers;  // the upper byte of an f16 for each 32-block
-  uint32_t largest;
-  bool regular;
+  static constexpr uint32_t kEach = 0x01010101, kOne = 15;  // f16's exponent of 1
+  uint32_t first;        // byte of block 0
+  uint32_t multipliers;  // the upper byte of an f16 for each block
+  bool regular;          // f16 has the multipliers, and all products are exact
 
-  // Multiplied by 2^7 * 2^(b - largest), a fragment has twice its value relative to the largest
-  // scale: 2^-21 at least. Those of an irregular row become plain values.
-  __device__ __forceinline__ explicit RowScale(uint32_t word) {
-    uint32_t low = largest = word & 0xff;
-#pragma unroll
-    for (int b = 1; b < kBlocks; ++b) {
-      const uint32_t byte = word >> 8 * b & 0xff;
-      largest = max(largest, byte);
-      low = min(low, byte);
-    }
-    regular = low >= 64 && largest <= 191 && largest - low <= kMaxSpan;
-    const uint32_t exponents = word + (22 - largest) * 0x01010101u;
-    multipliers = 4 * (regular ? exponents : 21 * 0x01010101u);
+  __device__ __forceinline__ explicit RowScale(uint32_t word) : first(word & 0xff) {
+    // Exponents of all blocks; each must be in 1 .. 30. A borrow comes from a byte that is not.
+    const uint32_t exponents = word + (kOne - first) * kEach;
+    constexpr uint32_t kMask = kBlocks < 4 ? (1u << 8 * kBlocks % 32) - 1 : 0xffffffff;
+    const uint32_t beyond = (exponents + kEach) | (exponents - kEach);
+    regular = (beyond & kMask & 0xe0e0e0e0) == 0 && first >= 64 && first <= 191;
+    multipliers = 4 * (regular ? exponents : kOne * kEach);
   }
   static __device__ __forceinline__ uint32_t multiplier(uint32_t multipliers, int block) {
     return prmt(multipliers, 0, block << 12 | 0x0404 | block << 4);
   }
-  // What the multiplied fragments lack; 1 for an irregular row.
+  // What the multiplied fragments lack, but for what rest() tells.
   __device__ __forceinline__ float factor() const {
-    return regular ? __uint_as_float((largest - 1) << 23) : 1.f;
+    return __uint_as_float((regular ? first + 6 : 127 + 6) << 23);
   }
-  // The scales that are left to be applied, block by block.
+  // The scales that are left to be applied, block by block: none but those of an irregular row.
   __device__ __forceinline__ uint32_t rest(uint32_t word) const {
     return regular ? 0x7f7f7f7f : word;
   }
@@ -93,7 +88,7 @@ template <Format kFormat, int kDim, int NT>
 class MqaMma {
  public:
   static constexpr bool kFp4 = kFormat == Format::kFp4;
-  // Emulated, FP4 becomes FP8 on the way to f16.
+  // Emulated, FP4 becomes FP8 on the way to f16: 32 of K a step.
   using Step = std::conditional_t<kNative, WarpMma<kFormat, kFormat, 1, 1>,
                                   WarpMma<Format::kFp8, Format::kFp8, 1, 1>>;
   static constexpr int kRowBytes = kFp4 ? kDim / 2 : kDim;
@@ -275,6 +270,7 @@ class MqaMma {
       expand(bytes[0], bytes[2], raw[0]);
       expand(bytes[1], bytes[3], raw[1]);
       Step::convert(f, bytes);
+      if (s == 0) return;
       const uint32_t scale[2] = {RowScale<kBlocks>::multiplier(top, s),
                                  RowScale<kBlocks>::multiplier(bottom, s)};
 #pragma unroll

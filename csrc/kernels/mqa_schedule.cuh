@@ -48,8 +48,6 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
 }
 
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
-// Here and below loops stay rolled up: fetching instructions that are not in the cache is what
-// these few steps take longest for.
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
@@ -67,7 +65,14 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
   return {keys.begin / 16 * 16, keys.end};
 }
 
-__device__ __forceinline__ int tiles_of(const KeyRange& keys) {
+// Of a cell, by number. Most often its length stands in `ends`: then few instructions are enough.
+__device__ __forceinline__ int cell_tiles(const MqaRows& r, int cell) {
+  KeyRange keys;
+  if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
+    keys = {0, max(min(r.ends[cell], r.limit), 0)};
+  } else {
+    keys = cell_keys(r, cell_at(r, cell));
+  }
   return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
 }
 
@@ -85,8 +90,8 @@ struct EqualParts {
       : parts(count), rest(0), each(0) {
 #pragma unroll
     for (int digit = 2; digit >= 0; --digit) {
-      const auto upper = static_cast<uint32_t>(digit == 2 ? total >> 32 : total >> 16 * digit & 0xffff);
-      const uint32_t n = rest << 16 | upper;
+      const int64_t upper = digit == 2 ? total >> 32 : total >> 16 * digit & 0xffff;
+      const uint32_t n = rest << 16 | static_cast<uint32_t>(upper);
       each = each << 16 | n / parts;
       rest = n % parts;
     }
@@ -96,6 +101,16 @@ struct EqualParts {
   }
 };
 
+// Sum over the warp's lanes up to this one.
+__device__ __forceinline__ int64_t prefix_of_warp(int64_t value) {
+#pragma unroll
+  for (int d = 1; d < kWarpSize; d *= 2) {
+    const int64_t below = from_lane_below(value, d);
+    if (lane_id() >= d) value += below;
+  }
+  return value;
+}
+
 // Writes the cursors of ranges first .. last of `ctas` to out[0 ..]; range c starts at unit
 // c * total / ctas. Every thread of a block of kWarps warps must call it; `sums` is shared memory.
 template <int kWarps>
@@ -103,27 +118,19 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
                                              Cursor* out, int64_t (&sums)[kWarps]) {
   constexpr uint32_t kThreads = kWarps * kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  const auto tiles_at = [&](int cell) { return tiles_of(cell_keys(r, cell_at(r, cell))); };
   // Each thread takes a contiguous part of the cells.
   const uint32_t cells = r.cells, part = (cells + kThreads - 1) / kThreads;
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += tiles_at(cell);
-  int64_t upto = sum;
-#pragma unroll
-  for (int d = 1; d < kWarpSize; d *= 2) {
-    const int64_t below = from_lane_below(upto, d);
-    if (lane >= d) upto += below;
-  }
+  for (int cell = begin; cell < end; ++cell) sum += cell_tiles(r, cell);
+  const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
-  int64_t total = 0, before = upto - sum;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before += total;
-    total += sums[w];
-  }
+  const int64_t warps = prefix_of_warp(lane < kWarps ? sums[lane] : 0);
+  const int64_t total = from_lane(warps, kWarpSize - 1);
+  const int64_t below = from_lane(warps, max(warp - 1, 0));
+  int64_t before = upto - sum + (warp > 0 ? below : 0);
   const EqualParts ranges(total, ctas);
   // Ranges that start behind the last tile.
 #pragma unroll 1
@@ -140,7 +147,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = tiles_at(cell)); ++cell)
+    for (int tiles; start >= before + (tiles = cell_tiles(r, cell)); ++cell)
       before += tiles, sum -= tiles;
     out[c - first] = {cell, static_cast<int>(start - before)};
   }
@@ -167,7 +174,7 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        tiles_ = cell < r.cells ? tiles_of(cell_keys(r, cell_at(r, cell))) : 0;
+        tiles_ = cell < r.cells ? cell_tiles(r, cell) : 0;
       }
       const int skipped = at_.cell - seen_;
       const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
