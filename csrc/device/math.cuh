@@ -12,6 +12,11 @@ __device__ __forceinline__ float rounded_sum(float a, float b) {
   return __fadd_rn(a, b);
 }
 
+// a / b to a relative error of about 2^-21; b in 2^-126 .. 2^126.
+__device__ __forceinline__ float rough_quotient(float a, float b) {
+  return __fdividef(a, b);
+}
+
 // 1 / (1 + exp(-x)) to a relative error of about 2^-21 + |x| 2^-23; 0 where exp overflows, NaN of
 // NaN. PTX ISA "Floating Point Instructions: ex2", "rcp" (approx: 2^-22.5 and 1 ulp).
 __device__ __forceinline__ float sigmoid(float x) {

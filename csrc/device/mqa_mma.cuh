@@ -1,16 +1,17 @@
 // The MMA of MQA logits: 16 keys at a time against a warp's 8 * NT query columns (heads).
 //
 // Keys are the MMA's 16-row operand, heads its 8-column one. The query fragments stay in registers
-// over the whole key range; the fragments of the next 16 keys are converted, one step at a time,
-// between the MMAs of the current ones.
+// over the whole key range. A step's fragments of keys are loaded and converted while the step
+// before is multiplied: only two steps' are ever held, which leaves registers for the sums of all
+// NT tiles, so that NT MMAs without a dependency follow one another.
 //
 // FP8 has no scales inside the product. Natively the block-scaled MMA runs with scales of 1.0: the
 // plain one is half as fast on GeForce cards.
 // FP4, native: the scale words go to the MMA as they are. Emulated: each row's scales, relative to
-// the row's largest one, are multiplied into its f16 fragments, which is exact while they span at
-// most 24 octaves; the largest itself is left to the epilogue, since a positive factor commutes
-// with relu (keys: row_factor(); queries: column_factor(), folded into the weights). Rows with
-// other scales, NaN included, are "irregular": then every 32-block is scaled by itself in FP32.
+// that of its first block, are multiplied into its f16 fragments, which is exact for up to 14
+// octaves; that of the first block is left to the epilogue, since a positive factor commutes with
+// relu (keys: row_factor(); queries: column_factor(), folded into the weights). Rows with other
+// scales, NaN included, are "irregular": then every 32-block is scaled by itself in FP32.
 #pragma once
 #include "device/atom.cuh"
 #include "device/convert.cuh"
@@ -18,46 +19,46 @@
 
 namespace sm120 {
 
-// Loads 32 bytes a row of 16 rows as ldmatrix gives them: registers 0, 1 are rows g and g + 8 of
-// the first 16 bytes, 2, 3 of the others; rows of 16 bytes have no others.
-template <int kRowBytes>
+// Loads kBytes of step `step` of 16 rows as ldmatrix gives them: registers 0, 1 are rows g and
+// g + 8 of the first 16 bytes, 2, 3 of the others, or zero where there are none.
+template <int kRowBytes, int kBytes>
 __device__ __forceinline__ void load_rows16(uint32_t (&r)[4], uint32_t tile, uint32_t offset,
                                             int step) {
-  if constexpr (kRowBytes == 16) {
-    ldmatrix<2>(r, tile + offset);
+  if constexpr (kBytes == 16 || kRowBytes == 16) {
+    ldmatrix<2>(r, tile + (offset ^ (16 * step)));
     r[2] = r[3] = 0;
   } else {
     ldmatrix<4>(r, tile + (offset ^ (32 * step)));
   }
 }
 
-// f16 multipliers of one row's 32-blocks, twice in a word, and the row's largest scale byte.
+// A row's scales for its f16 fragments, which hold 2^-6 of the values (see expand()): those of a
+// 32-block b > 0 are multiplied by 2^(scale b - scale 0), which leaves 2^(scale 0 + 6) to be applied.
 template <int kBlocks>
 struct RowScale {
-  static constexpr int kMaxSpan = 24;
-  uint32_t multiplier[kBlocks];
-  uint32_t largest;
-  bool regular;
+  static constexpr uint32_t kEach = 0x01010101, kOne = 15;  // f16's exponent of 1
+  uint32_t first;        // byte of block 0
+  uint32_t multipliers;  // the upper byte of an f16 for each block
+  bool regular;          // f16 has the multipliers, and all products are exact
 
-  // e2m1 is moved into f16's bits 2^14 too small, so 2^15 * 2^(b - largest) makes it twice its
-  // value relative to the largest scale: 2^-23 at least.
-  __device__ __forceinline__ explicit RowScale(uint32_t word) {
-    uint32_t low = largest = word & 0xff, byte[kBlocks];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      byte[b] = word >> 8 * b & 0xff;
-      largest = max(largest, byte[b]);
-      low = min(low, byte[b]);
-    }
-    regular = low >= 64 && largest <= 191 && largest - low <= kMaxSpan;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      multiplier[b] = (regular ? 30 + byte[b] - largest : 29) * 0x04000400u;
-    }
+  __device__ __forceinline__ explicit RowScale(uint32_t word) : first(word & 0xff) {
+    // Exponents of all blocks; each must be in 1 .. 30. A borrow comes from a byte that is not.
+    const uint32_t exponents = word + (kOne - first) * kEach;
+    constexpr uint32_t kMask = kBlocks < 4 ? (1u << 8 * kBlocks % 32) - 1 : 0xffffffff;
+    const uint32_t beyond = (exponents + kEach) | (exponents - kEach);
+    regular = (beyond & kMask & 0xe0e0e0e0) == 0 && first >= 64 && first <= 191;
+    multipliers = 4 * (regular ? exponents : kOne * kEach);
   }
-  // What the multiplied fragments lack; 1 for an irregular row, whose fragments are plain values.
+  static __device__ __forceinline__ uint32_t multiplier(uint32_t multipliers, int block) {
+    return prmt(multipliers, 0, block << 12 | 0x0404 | block << 4);
+  }
+  // What the multiplied fragments lack, but for what rest() tells.
   __device__ __forceinline__ float factor() const {
-    return regular ? __uint_as_float((largest - 1) << 23) : 1.f;
+    return __uint_as_float((regular ? first + 6 : 127 + 6) << 23);
+  }
+  // The scales that are left to be applied, block by block: none but those of an irregular row.
+  __device__ __forceinline__ uint32_t rest(uint32_t word) const {
+    return regular ? 0x7f7f7f7f : word;
   }
 };
 
@@ -83,24 +84,19 @@ __device__ __forceinline__ void sts_float(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-// 16 keys on their way from shared memory.
-template <class Raw, int kSteps>
-struct KeyFragments {
-  Raw raw[kSteps];
-  uint32_t word;  // scale of key g + 8 * (t % 2): FP8 a float, FP4 packed UE8M0
-};
-
 template <Format kFormat, int kDim, int NT>
 class MqaMma {
  public:
-  using Step = WarpMma<kFormat, kFormat, 1, 1>;
   static constexpr bool kFp4 = kFormat == Format::kFp4;
+  // Emulated, FP4 becomes FP8 on the way to f16: 32 of K a step.
+  using Step = std::conditional_t<kNative, WarpMma<kFormat, kFormat, 1, 1>,
+                                  WarpMma<Format::kFp8, Format::kFp8, 1, 1>>;
   static constexpr int kRowBytes = kFp4 ? kDim / 2 : kDim;
   static constexpr int kSteps = (kDim + Step::kStepK - 1) / Step::kStepK;
   static constexpr int kMmas = kNative ? 1 : Step::kStepK / 16;  // instructions a step
+  static constexpr int kStepBytes = kFp4 ? Step::kStepK / 2 : Step::kStepK;
   static constexpr int kBlocks = kDim / 32;
   static constexpr bool kFoldScales = kFp4 && !kNative;
-  using Keys = KeyFragments<typename Step::RawA, kSteps>;
 
   __device__ MqaMma()
       : offset_(swizzled<kRowBytes>(lane_id() % 16, kRowBytes > 16 ? lane_id() / 16 * 16 : 0)) {}
@@ -119,19 +115,19 @@ class MqaMma {
 #if SM120_OPS_NATIVE
       sfb_[j] = native_word(word[0]), sfb_[j + 1] = native_word(word[1]);
 #else
-      [[maybe_unused]] const RowScale<kBlocks> top(word[0]), bottom(word[1]);
-      if constexpr (kFoldScales) regular &= top.regular & bottom.regular;
+      const RowScale<kBlocks> top(word[0]), bottom(word[1]);
+      regular &= top.regular & bottom.regular;
 #endif
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        load_rows16<kRowBytes>(raw, tile + j * 8 * kRowBytes, offset_, s);
+        load_rows16<kRowBytes, kStepBytes>(raw, tile + j * 8 * kRowBytes, offset_, s);
         typename Step::FragA f;
-        Step::convert(f, raw);
 #if SM120_OPS_NATIVE
+        Step::convert(f, raw);
         q_[j][s][0][0] = f[0], q_[j][s][0][1] = f[2];
         q_[j + 1][s][0][0] = f[1], q_[j + 1][s][0][1] = f[3];
 #else
-        if constexpr (kFoldScales) fold(f, s, top, bottom);
+        convert(f, raw, s, top.multipliers, bottom.multipliers);
 #pragma unroll
         for (int m = 0; m < kMmas; ++m) {
           q_[j][s][m][0] = f[m][0], q_[j][s][m][1] = f[m][2];
@@ -140,7 +136,14 @@ class MqaMma {
 #endif
       }
     }
-    if constexpr (kFoldScales) fold_.q_regular = all_lanes(regular);
+    if constexpr (kFoldScales) {
+      fold_.q_regular = all_lanes(regular);  // all words are read: keep what is left of them
+      for (int c = lane_id(); c < 8 * NT; c += kWarpSize) {
+        const uint32_t word = lds32(words + 4 * c);
+        sts_float(words + 4 * c, __uint_as_float(RowScale<kBlocks>(word).rest(word)));
+      }
+      __syncwarp();
+    }
   }
 
   // What the weight of a column with this FP4 scale word has to be multiplied by.
@@ -149,38 +152,45 @@ class MqaMma {
     return 1.f;
   }
 
-  // 16 keys from row `row` of the stage at `tile`; `scale` is the address of the scale of that row.
-  __device__ __forceinline__ void load_keys(Keys& keys, uint32_t tile, int row,
-                                            uint32_t scale) const {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      load_rows16<kRowBytes>(keys.raw[s], tile + row * kRowBytes, offset_, s);
-    }
-    keys.word = lds32(scale + 4 * (lane_id() / 4 + 8 * (lane_id() % 2)));
+  // Products come in parts, so that the caller can turn to the next keys before the last:
+  //   start()        loads the first step of the keys whose rows begin at `rows`
+  //   first_steps()  all steps but the last, each of which loads the one after it
+  //   correct()      all over again, where that would be wrong; a rare branch
+  //   last_step()    the last one, while the first step of the next keys is loaded
+  // `scales` is the address of the keys' scales, `words` as in load_queries().
+  __device__ __forceinline__ void start(uint32_t rows, uint32_t scales) {
+    typename Step::RawA raw;
+    load_rows16<kRowBytes, kStepBytes>(raw, rows, offset_, 0);
+    accept(load_scale(scales));
+    convert_keys(a_[0], raw, 0);
   }
 
-  __device__ __forceinline__ void start(const Keys& keys) {
-    const Scales scales = next_scales(keys);
-    static_for<kSteps>([&](auto s) { convert_step(keys, s, scales); });
-    accept(keys, scales);
+  __device__ __forceinline__ void first_steps(float (&acc)[NT][4], uint32_t rows) {
+    if constexpr (kSteps == 1) clear(acc);
+    static_for<kSteps - 1>([&](auto s) {
+      typename Step::RawA raw;
+      load_rows16<kRowBytes, kStepBytes>(raw, rows, offset_, s + 1);
+      multiply_step<s>(acc);
+      convert_keys(a_[(s + 1) % 2], raw, s + 1);
+    });
   }
 
-  // acc = current keys x queries; `next` becomes the current keys. `words` as in load_queries().
-  __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Keys& next, uint32_t words) {
-    if (!kFoldScales || (fold_.k_regular && fold_.q_regular)) {
-      const Scales scales = next_scales(next);
-      static_for<kSteps>([&](auto s) {
-        multiply_step<s>(acc);
-        convert_step(next, s, scales);
-      });
-      accept(next, scales);
-    } else {
-      multiply_irregular(acc, words);
-      start(next);
+  __device__ __forceinline__ void correct(float (&acc)[NT][4], uint32_t rows, uint32_t words) {
+    if constexpr (kFoldScales) {
+      if (!fold_.regular) multiply_irregular(acc, rows, words);
     }
   }
 
-  // Factor of the current keys' logits, for key g + 8 * (t % 2). To be read before multiply().
+  __device__ __forceinline__ void last_step(float (&acc)[NT][4], uint32_t rows, uint32_t scales) {
+    typename Step::RawA raw;
+    load_rows16<kRowBytes, kStepBytes>(raw, rows, offset_, 0);
+    const uint32_t word = load_scale(scales);
+    multiply_step<kSteps - 1>(acc);
+    accept(word);
+    convert_keys(a_[0], raw, 0);
+  }
+
+  // Factor of the current keys' logits, for key g + 8 * (t % 2). To be read before last_step().
   __device__ __forceinline__ float row_factor() const {
     if constexpr (!kFp4) return __uint_as_float(word_);
     if constexpr (kFoldScales) return fold_.factor;
@@ -188,12 +198,21 @@ class MqaMma {
   }
 
  private:
+  static __device__ __forceinline__ void clear(float (&acc)[NT][4]) {
+#pragma unroll
+    for (int j = 0; j < NT; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
+  }
+
+  // Of key g + 8 * (t % 2): FP8 a float, FP4 packed UE8M0.
+  static __device__ __forceinline__ uint32_t load_scale(uint32_t scales) {
+    return lds32(scales + 4 * (lane_id() / 4 + 8 * (lane_id() % 2)));
+  }
+
 #if SM120_OPS_NATIVE
-  struct Scales {};
-  __device__ __forceinline__ Scales next_scales(const Keys&) const { return {}; }
-  __device__ __forceinline__ void accept(const Keys& keys, const Scales&) { word_ = keys.word; }
-  __device__ __forceinline__ void convert_step(const Keys& keys, int s, const Scales&) {
-    Step::convert(a_[s], keys.raw[s]);
+  __device__ __forceinline__ void accept(uint32_t word) { word_ = word; }
+  __device__ __forceinline__ void convert_keys(typename Step::FragA& a,
+                                               const typename Step::RawA& raw, int) const {
+    Step::convert(a, raw);
   }
 
   // The second scale of a row that has one block belongs to zeros and must not be NaN.
@@ -203,60 +222,64 @@ class MqaMma {
 
   template <int kStep>
   __device__ __forceinline__ void multiply_step(float (&acc)[NT][4]) {
+    if constexpr (kStep == 0 && kSteps > 1) clear(acc);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      if constexpr (kStep == 0) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
       if constexpr (kFp4) {
-        mma_mxf4<2 * kStep>(acc[j], a_[kStep], q_[j][kStep][0], native_word(word_), sfb_[j]);
+        mma_mxf4<2 * kStep>(acc[j], a_[kStep % 2], q_[j][kStep][0], native_word(word_), sfb_[j]);
       } else {
-        mma_mxf8f6f4<kFormat, 0>(acc[j], a_[kStep], q_[j][kStep][0], kNoScale, kNoScale);
+        mma_mxf8f6f4<kFormat, 0>(acc[j], a_[kStep % 2], q_[j][kStep][0], kNoScale, kNoScale);
       }
     }
   }
-  __device__ __forceinline__ void multiply_irregular(float (&)[NT][4], uint32_t) {}
 
   uint32_t sfb_[NT];
 #else
-  struct NoScales {};
-  struct FoldedScales {
-    RowScale<kBlocks> top, bottom;
-    bool regular;  // of all 16 keys
-    float factor;  // of key g + 8 * (t % 2)
-  };
-  using Scales = std::conditional_t<kFoldScales, FoldedScales, NoScales>;
-
-  __device__ __forceinline__ Scales next_scales(const Keys& keys) const {
+  // Makes these the scales of the current keys. Each lane works out those of one row.
+  __device__ __forceinline__ void accept(uint32_t word) {
+    word_ = word;
     if constexpr (kFoldScales) {
-      const uint32_t other = from_lane_xor(keys.word, 1);
+      const RowScale<kBlocks> own(word);
+      const uint32_t other = from_lane_xor(own.multipliers, 1);
       const bool odd = lane_id() % 2;
-      const RowScale<kBlocks> top(odd ? other : keys.word), bottom(odd ? keys.word : other);
-      const bool regular = all_lanes(top.regular && bottom.regular);
-      return {top, bottom, regular, odd ? bottom.factor() : top.factor()};
-    } else {
-      return {};
+      fold_.top = odd ? other : own.multipliers;
+      fold_.bottom = odd ? own.multipliers : other;
+      fold_.regular = all_lanes(own.regular) && fold_.q_regular;
+      fold_.factor = own.factor();
+      word_ = own.rest(word);
     }
   }
-  __device__ __forceinline__ void accept(const Keys& keys, const Scales& scales) {
-    word_ = keys.word;
-    if constexpr (kFoldScales) fold_.k_regular = scales.regular, fold_.factor = scales.factor;
-  }
-  __device__ __forceinline__ void convert_step(const Keys& keys, int s, const Scales& scales) {
-    Step::convert(a_[s], keys.raw[s]);
-    if constexpr (kFoldScales) fold(a_[s], s, scales.top, scales.bottom);
+  __device__ __forceinline__ void convert_keys(typename Step::FragA& a,
+                                               const typename Step::RawA& raw, int s) const {
+    convert(a, raw, s, fold_.top, fold_.bottom);
   }
 
-  // Multiplies the rows g (top) and g + 8 (bottom) of a step's fragments; two MMAs are a 32-block.
-  static __device__ __forceinline__ void fold(typename Step::FragA& f, int s,
-                                              const RowScale<kBlocks>& top,
-                                              const RowScale<kBlocks>& bottom) {
+  // e2m1 nibbles n0..n7 as E4M3 n0, n2, n4, n6 and n1, n3, n5, n7, each 2^-6 of its value: the
+  // exponent's upper bits stay 0. Subnormals are subnormals.
+  static __device__ __forceinline__ void expand(uint32_t& even, uint32_t& odd, uint32_t v) {
+    even = (v << 4 & 0x80808080u) | (v << 2 & 0x1c1c1c1cu);
+    odd = (v & 0x80808080u) | (v >> 2 & 0x1c1c1c1cu);
+  }
+
+  // The fragments of step s, which is 32-block s: rows g (top) and g + 8 (bottom).
+  static __device__ __forceinline__ void convert(typename Step::FragA& f,
+                                                 const typename Step::RawA& raw, int s,
+                                                 uint32_t top, uint32_t bottom) {
+    if constexpr (kFp4) {
+      typename Step::RawA bytes;
+      expand(bytes[0], bytes[2], raw[0]);
+      expand(bytes[1], bytes[3], raw[1]);
+      Step::convert(f, bytes);
+      if (s == 0) return;
+      const uint32_t scale[2] = {RowScale<kBlocks>::multiplier(top, s),
+                                 RowScale<kBlocks>::multiplier(bottom, s)};
 #pragma unroll
-    for (int m = 0; m < kMmas; ++m) {
-      const int block = s * kMmas / 2 + m / 2;
-      if (block >= kBlocks) break;  // zeros
+      for (int m = 0; m < kMmas; ++m) {
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        f[m][x] = multiply_f16x2(f[m][x], (x % 2 ? bottom : top).multiplier[block]);
+        for (int x = 0; x < 4; ++x) f[m][x] = multiply_f16x2(f[m][x], scale[x % 2]);
       }
+    } else {
+      Step::convert(f, raw);
     }
   }
 
@@ -264,57 +287,61 @@ class MqaMma {
   __device__ __forceinline__ void multiply_step(float (&acc)[NT][4]) {
 #pragma unroll
     for (int m = 0; m < kMmas; ++m) {
-      if (kFp4 && kStep * kMmas / 2 + m / 2 >= kBlocks) break;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
-        if (kStep == 0 && m == 0) {
+        if (kStep == 0 && m == 0 && kSteps > 1) {
           mma_f16_zero(acc[j], a_[0][0], q_[j][0][0]);
         } else {
-          mma_f16(acc[j], a_[kStep][m], q_[j][kStep][m]);
+          mma_f16(acc[j], a_[kStep % 2][m], q_[j][kStep][m]);
         }
       }
     }
   }
 
-  // What a 32-block's product lacks: nothing where the row's scales are in its fragments.
-  static __device__ __forceinline__ float block_scale(uint32_t word, int block) {
-    return RowScale<kBlocks>(word).regular ? 1.f : scale_value(word >> 8 * block & 0xff);
-  }
-  // Some row or column is irregular: every 32-block's product is scaled by itself.
-  __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t words) {
+  // Some row or column is irregular: every 32-block's product is scaled by itself. All steps; the
+  // last one that follows adds nothing.
+  __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t rows,
+                                                     uint32_t words) {
     const uint32_t other = from_lane_xor(word_, 1);
     const bool odd = lane_id() % 2;
     const uint32_t own[2] = {odd ? other : word_, odd ? word_ : other};  // rows g, g + 8
+    clear(acc);
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
+    for (int s = 0; s < kSteps; ++s) {
+      typename Step::RawA raw;
+      typename Step::FragA a;
+      load_rows16<kRowBytes, kStepBytes>(raw, rows, offset_, s);
+      convert_keys(a, raw, s);
+      const float row[2] = {scale_value(own[0] >> 8 * s & 0xff), scale_value(own[1] >> 8 * s & 0xff)};
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        constexpr int kPerStep = kMmas / 2;  // blocks
-        const int s = b / kPerStep, m = b % kPerStep * 2;
-        float p[4], row[2], column[2];
-        mma_f16_zero(p, a_[s][m], q_[j][s][m]);
-        mma_f16(p, a_[s][m + 1], q_[j][s][m + 1]);
+      for (int j = 0; j < NT; ++j) {
+        float p[4], column[2];
+        mma_f16_zero(p, a[0], q_[j][s][0]);
+        mma_f16(p, a[1], q_[j][s][1]);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint32_t q_word = lds32(words + 4 * (8 * j + lane_id() % 4 * 2 + e));
-          row[e] = block_scale(own[e], b);
-          column[e] = block_scale(q_word, b);
+          column[e] = scale_value(lds8(words + 4 * (8 * j + lane_id() % 4 * 2 + e) + s));
         }
 #pragma unroll
         for (int x = 0; x < 4; ++x) acc[j][x] = fmaf(p[x], row[x / 2] * column[x % 2], acc[j][x]);
       }
     }
+#pragma unroll
+    for (int m = 0; m < kMmas; ++m) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) a_[(kSteps - 1) % 2][m][x] = 0;
+    }
   }
 #endif
 
-  typename Step::FragA a_[kSteps];
+  typename Step::FragA a_[2];  // of even and odd steps
   uint32_t q_[NT][kSteps][kMmas][2];
   uint32_t word_, offset_;
   // Emulated FP4: state of the folded scales.
   struct {
-    float factor;
-    bool k_regular, q_regular;
+    uint32_t top, bottom;  // multipliers of rows g and g + 8
+    float factor;          // of key g + 8 * (t % 2)
+    bool q_regular, regular;  // all queries; and all of the current keys
   } fold_;
 };
 

@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t max_across(uint32_t value, int lane_mask) {
 __device__ __forceinline__ float add_across(float value, int lane_mask) {
   return value + __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
+// Adds to a counter in shared memory and gives what it was.
+__device__ __forceinline__ uint32_t add_to(uint32_t* counter, uint32_t value) {
+  return atomicAdd_block(counter, value);
+}
+__device__ __forceinline__ void set_bits(uint32_t* word, uint32_t bits) {
+  atomicOr_block(word, bits);
+}
 
 // The value of another lane: by number, by XOR with `mask`, `distance` lanes below (one's own where
 // there is none).
@@ -90,6 +97,26 @@ __device__ __forceinline__ uint4 load_readonly(const uint4* p) {
 }
 __device__ __forceinline__ int load_readonly(const int* p) {
   return __ldg(p);
+}
+
+// PTX ISA "prefetch"
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Stores where `yes`, without a branch: a branch ends the block of instructions that the compiler
+// interleaves. PTX ISA "Predicated Execution".
+__device__ __forceinline__ void store_if(bool yes, float* p, float value) {
+  asm volatile("{\n.reg .pred q;\nsetp.ne.u32 q, %0, 0;\n@q st.global.f32 [%1], %2;\n}" ::"r"(
+                   static_cast<uint32_t>(yes)),
+               "l"(p), "f"(value)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool yes, uint16_t* p, uint16_t value) {
+  asm volatile("{\n.reg .pred q;\nsetp.ne.u32 q, %0, 0;\n@q st.global.u16 [%1], %2;\n}" ::"r"(
+                   static_cast<uint32_t>(yes)),
+               "l"(p), "h"(value)
+               : "memory");
 }
 
 }  // namespace sm120

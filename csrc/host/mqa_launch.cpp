@@ -24,7 +24,7 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
   // less.
   const int rows = p.rows.indices != nullptr ? 1 : p.rows.cell_rows;
   const int tiles = (ragged ? p.rows.num_rows : rows) * p.heads > 32 ? 8 : 4;
-  const int queries = std::max(8 * tiles / p.heads, 1);
+  const int queries = 8 * tiles / p.heads;
   const MqaInstance instance = q.fp4 ? mqa_instance_fp4(q.head_dim, tiles, queries)
                                      : mqa_instance_fp8(q.head_dim, tiles, queries);
   const int row_bytes = q.fp4 ? q.head_dim / 2 : q.head_dim;
@@ -33,6 +33,7 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
     p.rows.cell_rows = kMqaWarps * 8 * tiles / p.heads;
     p.rows.cells = static_cast<int>(ceil_div(p.rows.num_rows, p.rows.cell_rows));
   }
+  p.heads_shift = log2_of(p.heads);
   p.page_shift = log2_of(p.block_kv);
   p.scale_shift = p.block_kv == 16 ? 3 : 2;  // TMA writes to multiples of 128 bytes
   p.q = operand_map(q.data, static_cast<int64_t>(p.rows.num_rows) * p.heads, row_bytes, row_bytes,

@@ -22,7 +22,7 @@ struct MqaParams {
   int64_t table_stride;
   int32_t num_blocks, block_kv;     // ragged: keys (0 or not), and 128 as a stage's block
   int32_t page_shift, scale_shift;  // log2 of block_kv; of the bytes between scales in a stage
-  int32_t heads;
+  int32_t heads, heads_shift;       // and log2 of it
   void* out;  // [rows, columns]
   int64_t out_stride;
   int32_t columns;
@@ -36,8 +36,8 @@ struct MqaInstance {
   int smem_bytes = 0;
 };
 
-// tiles: 8-column tiles of a warp, 4 or 8; queries: those that share these columns, 1 where one
-// query has as many or more. Empty for a head_dim that is not compiled.
+// tiles: 8-column tiles of a warp, 4 or 8; queries: those that share these columns, 0 where one
+// query has twice as many. Empty for a head_dim that is not compiled.
 MqaInstance mqa_instance_fp8(int head_dim, int tiles, int queries);
 MqaInstance mqa_instance_fp4(int head_dim, int tiles, int queries);
 

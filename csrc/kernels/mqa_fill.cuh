@@ -15,11 +15,21 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
   }
 }
 
-// A query's window, and where in `out` the logit of key 0 would be.
+// The keys from `begin` on whose logits are to be stored, and where in `out` that of key 0 would be.
 struct Target {
-  KeyRange window;
+  int begin;
+  uint32_t keys;
   int64_t at;
 };
+
+__device__ __forceinline__ void store_logit(const MqaParams& p, const Target& to, int key,
+                                            float value) {
+  const bool stores = static_cast<uint32_t>(key - to.begin) < to.keys;
+  const int64_t at = to.at + key;
+  store_if(stores && !p.bf16, static_cast<float*>(p.out) + at, value);
+  store_if(stores && p.bf16, static_cast<uint16_t*>(p.out) + at,
+           __bfloat16_as_ushort(__float2bfloat16(value)));
+}
 
 // Writes -inf outside the windows of all rows, in pieces that the grid's fill warps share out.
 __device__ __forceinline__ void fill_outside(const MqaParams& p, int warp, int warps) {

@@ -13,19 +13,22 @@
 
 namespace sm120 {
 
-// What a stage holds, written by the producer beside it.
+// What a stage holds, written by the producer beside it. Of a warp, lane 0 alone reads it and tells
+// the others: then the arrival that gives the stage back, lane 0's too, is behind that read in one
+// thread's order, which is all that a race checker can see.
 struct alignas(16) StageInfo {
-  uint32_t pages;  // of a key stage: bit i set where page i was copied
-  int row, rows;   // of a segment's first stage: its rows, 0 of them at the end of all work
+  int row, rows;  // of a segment's first stage: its rows, 0 of them at the end of all work
   int first_key, tiles;
+  uint32_t pages;  // of a key stage: bit i set where page i was copied
 };
 
-// kBoxQueries: queries of a box, 1 even if a box is a part of one. A constant, so that the sums
-// over heads are straight-line code.
+// kBoxQueries: queries of a box, 0 if a box is half of one. A constant, so that the sums over heads
+// are straight-line code.
 template <Format kFormat, int kDim, int kTiles, int kBoxQueries>
 struct MqaTraits {
   static constexpr int NT = kTiles;
-  static constexpr int kQueries = kBoxQueries;
+  static constexpr bool kHalves = kBoxQueries == 0;
+  static constexpr int kQueries = kHalves ? 1 : kBoxQueries;
   static_assert(kTiles % kQueries == 0);
   static constexpr int kColumns = 8 * NT;  // heads of a query box, the share of a math warp
   using Mma = MqaMma<kFormat, kDim, NT>;
@@ -66,12 +69,28 @@ struct MqaRing {
 
   __device__ uint32_t data() const { return base + at.stage * T::kStageBytes; }
   __device__ uint32_t scales() const { return base + T::kScalesAt + at.stage * T::kScaleBytes; }
-  __device__ uint32_t pages() const {
+  __device__ uint32_t info_address() const {
     return base + T::kInfosAt + at.stage * static_cast<int>(sizeof(StageInfo));
   }
-  __device__ StageInfo* info() const { return static_cast<StageInfo*>(smem_pointer(pages())); }
+  __device__ StageInfo* info() const {
+    return static_cast<StageInfo*>(smem_pointer(info_address()));
+  }
+  __device__ StageInfo read_segment() const {
+    const int4 v = lane_id() == 0 ? lds128(info_address()) : int4{};
+    return {from_lane(v.x, 0), from_lane(v.y, 0), from_lane(v.z, 0), from_lane(v.w, 0), 0};
+  }
+  // Of lane 0; what the others get means nothing.
+  __device__ uint32_t read_pages() const {
+    return lane_id() == 0 ? lds32(info_address() + offsetof(StageInfo, pages)) : 0;
+  }
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  // Whether the stage after this one is full by now.
+  __device__ bool next_is_full() const {
+    RingState<T::kStages> next = at;
+    next.advance();
+    return mbarrier_test(base + T::kFullAt + 8 * next.stage, next.parity);
+  }
   __device__ void release() {
     release_stage(empty());
     at.advance();
@@ -89,7 +108,7 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
   for (int box = 0; box == 0 || box < boxes; box += T::kBoxes) {
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      if (box == 0) *ring.info() = StageInfo{0, row, rows, s.first_key, s.tiles};
+      if (box == 0) *ring.info() = StageInfo{row, rows, s.first_key, s.tiles, 0};
       const int count = min(T::kBoxes, boxes - box);
       mbarrier_expect_tx(ring.full(), count * T::kBoxBytes);
 #pragma unroll 1
@@ -100,6 +119,12 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
     }
     __syncwarp();
     ring.at.advance();
+  }
+  // The math warps read these when the queries are there.
+#pragma unroll 1
+  for (int i = lane_id(); i < rows; i += kWarpSize) {
+    const float* weights = p.weights + (row + i) * p.weights_stride;
+    for (int head = 0; head < p.heads; head += 32) prefetch_l2(weights + head);
   }
 }
 
@@ -136,7 +161,7 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
   }
   const int32_t* table = p.block_table + static_cast<int64_t>(sequence) * p.table_stride;
   const int in_tile = kTileKeys / p.block_kv;
-  const int pages = (cell_keys<1>(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
+  const int pages = (cell_keys(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
   const int page_bytes = p.block_kv * T::kRowBytes;
   int page = s.tile * in_tile + lane_id();
   const auto block_at = [&](int i) { return lane_id() < in_tile && i < pages ? table[i] : -1; };
@@ -166,11 +191,6 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
 template <class T>
 __device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
                                             Cursor to) {
-  tma_prefetch_map(&p.q);
-  if (p.num_blocks > 0) {
-    tma_prefetch_map(&p.k);
-    tma_prefetch_map(&p.k_scale);
-  }
   const int most_rows = kMqaWarps * T::kColumns / p.heads;  // a pass
   SegmentWalk walk(p.rows, from, to);
   for (Segment s; walk.next(p.rows, s);) {
@@ -204,10 +224,16 @@ struct Share {
   uint32_t slot;    // of the sums that the halves join; changes from one join to the next
 };
 
+// Of one of the box's queries; nothing for a lane (or a warp with half a query) that stores none.
+template <class T>
 __device__ __forceinline__ Target target_of(const MqaParams& p, const Share& share, int query) {
-  const KeyRange window{from_lane(share.window.begin, query), from_lane(share.window.end, query)};
+  const int begin = from_lane(share.window.begin, query);
+  const int end = from_lane(share.window.end, query);
   const int64_t row = (share.row + query) * p.out_stride;
-  return {window, p.rows.width > 0 ? row - window.begin : row};
+  const bool stores =
+      T::kQueries > 1 || (lane_id() % 4 < 2 && !(T::kHalves && threadIdx.x / kWarpSize % 2));
+  return {begin, stores && begin < end ? static_cast<uint32_t>(end - begin) : 0,
+          p.rows.width > 0 ? row - begin : row};
 }
 
 template <class T>
@@ -221,46 +247,49 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
   share.key_shift = 3;
   while (kMqaWarps >> share.key_shift < boxes) --share.key_shift;
-  const int halved = p.heads > T::kColumns ? 1 : 0;  // then there are 2 boxes or more
+  constexpr int halved = T::kHalves ? 1 : 0;  // then there are 2 boxes or more
   share.first_group = warp >> halved & ((1 << share.key_shift) - 1);
   const int box = warp >> halved >> share.key_shift << halved | (warp & halved);
   share.box = box;
-  const int first = box * T::kColumns / p.heads;
+
+  // The columns' weights and scale words; only this warp reads them. All loads before their uses.
+  constexpr int kOwn = T::kColumns / kWarpSize;
+  float weight[kOwn];
+  uint32_t word[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int column = box * T::kColumns + i * kWarpSize + lane;
+    const int query = column >> p.heads_shift, head = column & (p.heads - 1);
+    const int64_t at = static_cast<int64_t>(row) + query;
+    weight[i] = query < rows ? p.weights[at * p.weights_stride + head] : 0.f;
+    word[i] = T::kFp4 && query < rows ? p.q_scale[at * p.heads + head] : 0x7f7f7f7f;
+  }
+  const int first = box * T::kColumns >> p.heads_shift;
   share.row = row + first;
-  share.queries = max(0, min(rows - first, max(T::kColumns / p.heads, 1)));
+  share.queries = max(0, min(rows - first, T::kQueries));
   share.window = {0x7fffffff, 0};
   if (lane < share.queries) share.window = row_keys(p.rows, share.row + lane);
   if (share.window.begin >= share.window.end) share.window = {0x7fffffff, 0};
-  share.target = target_of(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
+  share.target = target_of<T>(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
-  // The columns' weights and scale words; only this warp reads them.
-  const uint32_t columns = own_columns<T>(ring.base);
-#pragma unroll 1
-  for (int c = lane; c < T::kColumns; c += kWarpSize) {
-    const int query = (box * T::kColumns + c) / p.heads, head = (box * T::kColumns + c) % p.heads;
-    float weight = 0;
-    uint32_t word = 0x7f7f7f7f;
-    if (query < rows) {
-      const int64_t at = static_cast<int64_t>(row) + query;
-      weight = p.weights[at * p.weights_stride + head];
-      if constexpr (T::kFp4) word = p.q_scale[at * p.heads + head];
-    }
-    sts_float(columns + 4 * c, weight * T::Mma::column_factor(word));
-    sts_float(columns + 4 * (T::kColumns + c), __uint_as_float(word));
+  const uint32_t columns = own_columns<T>(ring.base) + 4 * lane;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    sts_float(columns + 4 * kWarpSize * i, weight[i] * T::Mma::column_factor(word[i]));
+    sts_float(columns + 4 * (T::kColumns + kWarpSize * i), __uint_as_float(word[i]));
   }
   __syncwarp();
 }
 
-// H > columns: two warps have the halves of a query's heads. One hands its sums to the other, in
-// two slots by turns, so that one barrier a group is enough.
-__device__ __forceinline__ bool join_halves(Share& share, float& sum) {
+// H > columns: two warps have the halves of a query's heads. The odd one hands its sums to the
+// other, in two slots by turns, so that one barrier a group is enough.
+__device__ __forceinline__ float join_halves(Share& share, float sum) {
   const int warp = threadIdx.x / kWarpSize, t = lane_id() % 4;
   const uint32_t slot = share.slot + 4 * (lane_id() / 4 + 8 * (t % 2));
   share.slot ^= 64;
   if (warp % 2 && t < 2) sts_float(slot, sum);
   named_barrier(1 + warp / 2, 2 * kWarpSize);
-  if (warp % 2 == 0) sum += __uint_as_float(lds32(slot));
-  return warp % 2 == 0;
+  return sum + __uint_as_float(lds32(slot));
 }
 
 // Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
@@ -273,90 +302,103 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, uint32_t base, S
   constexpr int kTilesOfQuery = T::NT / T::kQueries;
   const int t = lane_id() % 4;
   const uint32_t columns = own_columns<T>(base) + 8 * t;
-  float sum[T::NT][2];  // keys g and g + 8, of each 8 heads
+  // Sums over heads 2t, 2t + 1 of all tiles, for keys g and g + 8; even and odd tiles apart.
+  constexpr int kParts = kTilesOfQuery > 1 ? 2 : 1;
+  float sum[T::kQueries][kParts][2];
 #pragma unroll
   for (int j = 0; j < T::NT; ++j) {
+    float (&s)[2] = sum[j / kTilesOfQuery][j % kParts];
     float w0, w1;
     lds_floats(w0, w1, columns + 32 * j);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      sum[j][h] = fmaf(relu(acc[j][2 * h + 1]), w1, relu(acc[j][2 * h]) * w0);
+      const float first = relu(acc[j][2 * h]), second = relu(acc[j][2 * h + 1]);
+      s[h] = fmaf(second, w1, j % kTilesOfQuery < kParts ? first * w0 : fmaf(first, w0, s[h]));
     }
   }
+  if constexpr (kParts > 1) {
 #pragma unroll
-  for (int step = 1; step < kTilesOfQuery; step *= 2) {
-#pragma unroll
-    for (int j = 0; j < T::NT; j += 2 * step) {
-      sum[j][0] += sum[j + step][0], sum[j][1] += sum[j + step][1];
+    for (int query = 0; query < T::kQueries; ++query) {
+      sum[query][0][0] += sum[query][1][0], sum[query][0][1] += sum[query][1][1];
     }
   }
   const int own = key + lane_id() / 4 + 8 * (t % 2);
 #pragma unroll
   for (int query = 0; query < T::kQueries; query += 2) {
-    float (&s)[2] = sum[query * kTilesOfQuery];
+    float (&s)[2] = sum[query][0];
     if constexpr (T::kQueries > 1) {
-      float (&other)[2] = sum[(query + 1) * kTilesOfQuery];
+      float (&other)[2] = sum[query + 1][0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         s[h] = (t < 2 ? s[h] : other[h]) + from_lane_xor(t < 2 ? other[h] : s[h], 2);
       }
     }
     float value = (t % 2 ? s[1] : s[0]) + from_lane_xor(t % 2 ? s[0] : s[1], 1);
-    bool stores = true;
-    if constexpr (T::kQueries == 1) {
-      value += from_lane_xor(value, 2);
-      if (p.heads > T::kColumns && !join_halves(share, value)) return;
-      stores = t < 2;
-    }
-    const Target to = query == 0 ? share.target : target_of(p, share, query + t / 2);
-    if (stores && own >= to.window.begin && own < to.window.end) {
-      store_logit(p, to.at + own, known ? value * factor : -INFINITY);
-    }
+    if constexpr (T::kQueries == 1) value += from_lane_xor(value, 2);
+    if constexpr (T::kHalves) value = join_halves(share, value);
+    const Target to = query == 0 ? share.target : target_of<T>(p, share, query + t / 2);
+    store_logit(p, to, own, known ? value * factor : -INFINITY);
   }
 }
 
+// Gives `tiles` stages of keys back unread.
 template <class T>
-__device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int tile_key,
-                                              int tiles, Share& share, typename T::Mma& mma) {
-  typename T::Mma::Keys keys;
-  int group = T::kGroups, next_key = 0;
-  bool next_known = false, stage_done = false;
-  tile_key -= kTileKeys;
-  // Loads the next group of keys that this warp's queries may see; false at the end.
-  const auto fetch = [&] {
-    while (group >= T::kGroups) {
-      if (--tiles < 0) return false;
-      tile_key += kTileKeys;
-      mbarrier_wait(ring.full(), ring.at.parity);
-      if (tile_key < max_of_warp(share.window.end) &&
-          tile_key + kTileKeys > min_of_warp(share.window.begin)) {
-        group = share.first_group;
-      } else {
-        ring.release();
-      }
-    }
-    mma.load_keys(keys, ring.data(), 16 * group, ring.scales() + (16 * group << p.scale_shift));
-    next_key = tile_key + 16 * group;
-    next_known = lds32(ring.pages()) >> (16 * group >> p.page_shift) & 1;
-    group += 1 << share.key_shift;
-    stage_done = group >= T::kGroups;
-    return true;
-  };
-  if (!fetch()) return;
-  mma.start(keys);
-  for (bool more = true; more;) {
-    const int key = next_key;
-    const bool known = next_known;
-    const float factor = mma.row_factor();
-    if (stage_done) {  // all of its keys are in registers
-      ring.release();
-      stage_done = false;
-    }
-    more = fetch();
-    float acc[T::NT][4];
-    mma.multiply(acc, keys, own_columns<T>(ring.base) + 4 * T::kColumns);
-    finish_keys<T>(p, ring.base, share, acc, key, known, factor);
+__device__ __forceinline__ void skip_keys(MqaRing<T>& ring, int tiles) {
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    mbarrier_wait(ring.full(), ring.at.parity);
+    ring.release();
   }
+}
+
+// Of the segment's key tiles, multiplies those that this warp's queries see. A stage is given back
+// when the next one's keys are about to be loaded: then all of its own are in registers.
+template <class T>
+__device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ring, int first_key,
+                                              int tiles, Share& share, typename T::Mma& mma) {
+  const int begin = min_of_warp(share.window.begin), end = max_of_warp(share.window.end);
+  const int skipped = min(max(begin - first_key, 0) / kTileKeys, tiles);
+  const int stop = min((max(end - first_key, 0) + kTileKeys - 1) / kTileKeys, tiles);
+  skip_keys(ring, stop > skipped ? skipped : tiles);
+  if (stop <= skipped) return;
+
+  const int step = 16 << share.key_shift, first = 16 * share.first_group;
+  const auto rows = [&](int key) { return ring.data() + key * T::kRowBytes; };
+  const auto scales = [&](int key) { return ring.scales() + (key << p.scale_shift); };
+  const uint32_t words = own_columns<T>(ring.base) + 4 * T::kColumns;
+  int left = (stop - skipped) * T::kGroups >> share.key_shift;
+  int tile_key = first_key + skipped * kTileKeys, key = first;  // of the stage
+  mbarrier_wait(ring.full(), ring.at.parity);
+  uint32_t pages = ring.read_pages();
+  float acc[T::NT][4];
+  mma.start(rows(key), scales(key));
+  mma.first_steps(acc, rows(key));
+  bool turns = key + step >= kTileKeys && left > 1;
+  bool full = ring.next_is_full();  // asked for early: the answer takes a while
+  do {
+    const int current = tile_key + key;
+    const uint32_t known = pages >> (key >> p.page_shift) & 1;  // of lane 0
+    const float factor = mma.row_factor();
+    mma.correct(acc, rows(key), words);
+    // The last keys of all load themselves again.
+    if (turns) {
+      ring.release();
+      if (!full) mbarrier_wait(ring.full(), ring.at.parity);
+      pages = ring.read_pages();
+      tile_key += kTileKeys;
+      key = first;
+    } else if (left > 1) {
+      key += step;
+    }
+    --left;
+    turns = key + step >= kTileKeys && left > 1;
+    mma.last_step(acc, rows(key), scales(key));
+    finish_keys<T>(p, ring.base, share, acc, current, from_lane(known, 0), factor);
+    mma.first_steps(acc, rows(key));
+    full = ring.next_is_full();
+  } while (left > 0);
+  ring.release();
+  skip_keys(ring, tiles - stop);
 }
 
 template <class T>
@@ -366,7 +408,7 @@ __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring)
   share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
     mbarrier_wait(ring.full(), ring.at.parity);
-    const StageInfo info = *ring.info();
+    const StageInfo info = ring.read_segment();
     if (info.rows == 0) return;
     const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
     take_share(p, ring, info.row, info.rows, boxes, share);
@@ -399,6 +441,11 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMqaWarps);
     }
     mbarrier_init_fence();
+    tma_prefetch_map(&p.q);
+    if (p.num_blocks > 0) {
+      tma_prefetch_map(&p.k);
+      tma_prefetch_map(&p.k_scale);
+    }
   }
   pdl_wait();  // global memory may be touched from here on
   constexpr int kWarps = kMqaThreads / kWarpSize;

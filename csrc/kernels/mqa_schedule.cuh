@@ -4,6 +4,7 @@
 #pragma once
 #include "device/arch.cuh"
 #include "device/barrier.cuh"
+#include "device/math.cuh"
 #include "device/warp.cuh"
 #include "kernels/mqa.h"
 
@@ -47,14 +48,12 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
 }
 
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
-// kAtOnce: rows whose windows are loaded together.
-template <int kAtOnce>
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
     if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
   } else {
-#pragma unroll kAtOnce
+#pragma unroll 1
     for (int i = 0; i < cell.rows; ++i) {
       const KeyRange row = row_keys(r, cell.row + i);
       if (row.begin >= row.end) continue;
@@ -66,7 +65,14 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
   return {keys.begin / 16 * 16, keys.end};
 }
 
-__device__ __forceinline__ int tiles_of(const KeyRange& keys) {
+// Of a cell, by number. Most often its length stands in `ends`: then few instructions are enough.
+__device__ __forceinline__ int cell_tiles(const MqaRows& r, int cell) {
+  KeyRange keys;
+  if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
+    keys = {0, max(min(r.ends[cell], r.limit), 0)};
+  } else {
+    keys = cell_keys(r, cell_at(r, cell));
+  }
   return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
 }
 
@@ -74,51 +80,74 @@ struct Cursor {
   int cell, tile;
 };
 
+// c * total / parts for any c, by what is worked out once: total < 2^63, parts < 2^16.
+struct EqualParts {
+  uint32_t parts, rest;
+  int64_t each;
+
+  // total / parts digit by digit, which is much less code than a division of 64 bits.
+  __device__ __forceinline__ EqualParts(int64_t total, uint32_t count)
+      : parts(count), rest(0), each(0) {
+#pragma unroll
+    for (int digit = 2; digit >= 0; --digit) {
+      const int64_t upper = digit == 2 ? total >> 32 : total >> 16 * digit & 0xffff;
+      const uint32_t n = rest << 16 | static_cast<uint32_t>(upper);
+      each = each << 16 | n / parts;
+      rest = n % parts;
+    }
+  }
+  __device__ __forceinline__ int64_t start(int c) const {
+    return c * each + static_cast<uint32_t>(c) * rest / parts;
+  }
+};
+
+// Sum over the warp's lanes up to this one.
+__device__ __forceinline__ int64_t prefix_of_warp(int64_t value) {
+#pragma unroll
+  for (int d = 1; d < kWarpSize; d *= 2) {
+    const int64_t below = from_lane_below(value, d);
+    if (lane_id() >= d) value += below;
+  }
+  return value;
+}
+
 // Writes the cursors of ranges first .. last of `ctas` to out[0 ..]; range c starts at unit
 // c * total / ctas. Every thread of a block of kWarps warps must call it; `sums` is shared memory.
 template <int kWarps>
 __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int first, int last,
                                              Cursor* out, int64_t (&sums)[kWarps]) {
+  constexpr uint32_t kThreads = kWarps * kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = lane_id();
-  const auto tiles_at = [&](int cell) { return tiles_of(cell_keys<8>(r, cell_at(r, cell))); };
   // Each thread takes a contiguous part of the cells.
-  const uint32_t part = r.cells / (kWarps * kWarpSize) + 1;
-  const int begin = min(threadIdx.x * part, static_cast<uint32_t>(r.cells));
-  const int end = min(begin + part, static_cast<uint32_t>(r.cells));
+  const uint32_t cells = r.cells, part = (cells + kThreads - 1) / kThreads;
+  const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += tiles_at(cell);
-  int64_t upto = sum;
-#pragma unroll
-  for (int d = 1; d < kWarpSize; d *= 2) {
-    const int64_t below = from_lane_below(upto, d);
-    if (lane >= d) upto += below;
-  }
+  for (int cell = begin; cell < end; ++cell) sum += cell_tiles(r, cell);
+  const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
-  int64_t total = 0, before = upto - sum;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before += total;
-    total += sums[w];
-  }
-  const auto unit = [&](int c) { return c * total / ctas; };
+  const int64_t warps = prefix_of_warp(lane < kWarps ? sums[lane] : 0);
+  const int64_t total = from_lane(warps, kWarpSize - 1);
+  const int64_t below = from_lane(warps, max(warp - 1, 0));
+  int64_t before = upto - sum + (warp > 0 ? below : 0);
+  const EqualParts ranges(total, ctas);
   // Ranges that start behind the last tile.
 #pragma unroll 1
-  for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kWarps * kWarpSize) {
-    if (unit(c) == total) out[c - first] = {r.cells, 0};
+  for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
+    if (ranges.start(c) == total) out[c - first] = {r.cells, 0};
   }
   if (sum == 0) return;
-  int c = first;
-  // The first range that does not start before this part does; of a few ranges, by trying.
-  if (last - first > 2) c = max(c, static_cast<int>((before * ctas + total - 1) / total));
-  int cell = begin;
+  // The first range that does not start before this part does, or a little less, by an estimate.
+  const float about = static_cast<float>(before) *
+                      rough_quotient(static_cast<float>(ctas), static_cast<float>(total));
+  int c = max(first, static_cast<int>(about * (1 - 0x1p-20f)) - 1), cell = begin;
 #pragma unroll 1
   for (; c <= last; ++c) {
-    const int64_t start = unit(c);
+    const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = tiles_at(cell)); ++cell)
+    for (int tiles; start >= before + (tiles = cell_tiles(r, cell)); ++cell)
       before += tiles, sum -= tiles;
     out[c - first] = {cell, static_cast<int>(start - before)};
   }
@@ -145,7 +174,7 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        tiles_ = cell < r.cells ? tiles_of(cell_keys<1>(r, cell_at(r, cell))) : 0;
+        tiles_ = cell < r.cells ? cell_tiles(r, cell) : 0;
       }
       const int skipped = at_.cell - seen_;
       const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
@@ -164,7 +193,7 @@ class SegmentWalk {
       at_ = {cell + 1, 0};
       if (s.tiles <= 0) continue;
       s.cell = cell_at(r, cell);
-      s.first_key = cell_keys<1>(r, s.cell).begin + s.tile * kTileKeys;
+      s.first_key = cell_keys(r, s.cell).begin + s.tile * kTileKeys;
       return true;
     }
     return false;
