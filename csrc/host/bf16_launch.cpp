@@ -55,8 +55,13 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   p.num_cols = static_cast<int32_t>(cols.rows);
   p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
-  p.k_blocks = static_cast<int32_t>(ceil_div(k, tile.block_k));
-  if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  const int64_t blocks = ceil_div(k, tile.block_k);
+  p.k_blocks = static_cast<int32_t>(blocks * problem.summed);
+  p.matrix_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1));
+  if (config.split) {
+    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+  }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;

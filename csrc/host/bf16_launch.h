@@ -22,8 +22,9 @@ struct Bf16Problem {
   Bf16Operand a, b;
   int64_t k;
   GemmOutput out;
-  Schedule schedule;  // of the groups; a single product has kTiles, whatever the configuration
-  GemmGroups groups;  // without `step`
+  Schedule schedule;   // of the groups; a single product has kTiles, whatever the configuration
+  GemmGroups groups;   // without `step`
+  int64_t summed = 1;  // groups of the operands that one product is summed over
 };
 
 // Bytes of workspace the configuration needs for partial sums (0 unless split).

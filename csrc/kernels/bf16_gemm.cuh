@@ -100,14 +100,18 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+    // Where the product is summed over the groups too, their K-blocks follow one another.
+    int group = tile.group + tile.k_begin / p.matrix_blocks;
+    int block = tile.k_begin % p.matrix_blocks;
 #pragma unroll 1
-    for (int block = tile.k_begin; block < tile.k_end; ++block) {
+    for (int left = tile.k_end - tile.k_begin; left > 0; --left) {
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
       load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
-          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? tile.group : 0);
+          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? group : 0);
       load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
-          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? tile.group : 0);
+          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? group : 0);
+      if (++block == p.matrix_blocks) block = 0, ++group;
       ring.at.advance();
     }
     mbarrier_arrive(queue.empty());
