@@ -18,9 +18,18 @@ struct Forced {
   bool swapped, split;
 };
 
-// D [batch, m, n], or without a batch [m, n].
+// D [batch, m, n], with rows_first [m, batch, n]; of a sum [m, n].
 struct Extents {
   int64_t batch, m, n;
+  bool rows_first;
+
+  std::array<int64_t, 3> shape() const {
+    return rows_first ? std::array{m, batch, n} : std::array{batch, m, n};
+  }
+  int64_t row_stride(const Tensor& t) const { return m > 1 ? t.stride(rows_first ? 0 : 1) : n; }
+  int64_t group_stride(const Tensor& t) const {
+    return batch > 1 ? t.stride(rows_first ? 1 : 0) : n;
+  }
 };
 
 int32_t count_of(int64_t batch) {
@@ -29,8 +38,7 @@ int32_t count_of(int64_t batch) {
 
 // Matrices and rows of D may lie in either order in memory, none over another.
 bool overlap_free(const Tensor& d, const Extents& e) {
-  const int64_t row = e.m > 1 ? d.stride(1) : e.n;
-  const int64_t group = e.batch > 1 ? d.stride(0) : e.n;
+  const int64_t row = e.row_stride(d), group = e.group_stride(d);
   const bool rows_inside = group >= row * (e.m - 1) + e.n && row >= e.n;
   const bool groups_inside = row >= group * (e.batch - 1) + e.n && group >= e.n;
   return e.batch == 1 ? row >= e.n : e.m == 1 ? group >= e.n : rows_inside || groups_inside;
@@ -38,22 +46,18 @@ bool overlap_free(const Tensor& d, const Extents& e) {
 
 GemmOutput check_batched_output(const char* op, const Tensor& out, const std::optional<Tensor>& c,
                                 const Extents& e, int32_t device) {
-  const std::array<int64_t, 3> shape{e.batch, e.m, e.n};
+  const std::array<int64_t, 3> shape = e.shape();
   check_matrix(op, "out", out, shape, device);
   check(out.numel() == 0 || overlap_free(out, e), op, "out",
         "rows and matrices that do not overlap", Strides{out});
   GemmOutput d{};
-  const auto strides = [&](const Tensor& t, int64_t& row, int64_t& group) {
-    row = e.m > 1 ? t.stride(1) : e.n;
-    group = e.batch > 1 ? t.stride(0) : 0;
-  };
   d.d = out.data_ptr();
-  strides(out, d.d_stride, d.d_group_stride);
+  d.d_stride = e.row_stride(out), d.d_group_stride = e.batch > 1 ? e.group_stride(out) : 0;
   if (c) {
     check_matrix(op, "c", *c, shape, device);
     check(c->scalar_type() == out.scalar_type(), op, "c", "the dtype of out", Dtype(*c));
     d.c = c->data_ptr();
-    strides(*c, d.c_stride, d.c_group_stride);
+    d.c_stride = e.row_stride(*c), d.c_group_stride = e.batch > 1 ? e.group_stride(*c) : 0;
     const bool same =
         d.c == d.d && d.c_stride == d.d_stride && d.c_group_stride == d.d_group_stride;
     check(same || !may_overlap(out, *c), op, "c", "out itself or memory apart from it",
@@ -106,7 +110,7 @@ struct Scaled {
   GemmProblem problem;
 };
 
-Scaled check_scaled(const Inputs& in) {
+Scaled check_scaled(const Inputs& in, bool rows_first) {
   const int32_t device = device_of(in.a, in.sfa, in.b, in.sfb);
   Scaled x{};
   GemmProblem& p = x.problem;
@@ -119,7 +123,7 @@ Scaled check_scaled(const Inputs& in) {
   if (p.b.groups != p.a.groups) {
     fail(kScaled, "b", cat(p.a.groups, " matrices as in a"), cat(Shape{in.b}));
   }
-  x.extents = {p.a.groups, p.a.rows, p.b.rows};
+  x.extents = {p.a.groups, p.a.rows, p.b.rows, rows_first};
   return x;
 }
 
@@ -148,20 +152,19 @@ void run_scaled(const Inputs& in, Scaled& x, const std::optional<Tensor>& c, con
 }
 
 void batched_gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a,
-                      int64_t gran_k_b, std::optional<Tensor> c, Tensor out) {
+                      int64_t gran_k_b, std::optional<Tensor> c, bool rows_first, Tensor out) {
   const Inputs in{a, sfa, b, sfb, gran_k_a, gran_k_b};
-  Scaled x = check_scaled(in);
+  Scaled x = check_scaled(in, rows_first);
   run_scaled(in, x, c, out);
 }
 
 Tensor batched_gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a, int64_t gran_k_b,
-                    ScalarType out_dtype, std::optional<Tensor> c) {
+                    ScalarType out_dtype, std::optional<Tensor> c, bool rows_first) {
   const Inputs in{a, sfa, b, sfb, gran_k_a, gran_k_b};
-  Scaled x = check_scaled(in);
+  Scaled x = check_scaled(in, rows_first);
   check(is_out_dtype(out_dtype), kScaled, "out_dtype", "torch.bfloat16 or torch.float32",
         Dtype(out_dtype));
-  const Extents& e = x.extents;
-  const Tensor out = empty_cuda({e.batch, e.m, e.n}, out_dtype, a.get_device_index());
+  const Tensor out = empty_cuda(x.extents.shape(), out_dtype, a.get_device_index());
   run_scaled(in, x, c, out);
   return out;
 }
@@ -170,7 +173,7 @@ void batched_gemm_forced(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gra
                          int64_t gran_k_b, std::optional<Tensor> c, Tensor out, int64_t tile,
                          bool swapped, bool split) {
   const Inputs in{a, sfa, b, sfb, gran_k_a, gran_k_b};
-  Scaled x = check_scaled(in);
+  Scaled x = check_scaled(in, false);
   const Forced forced{tile, swapped, split};
   run_scaled(in, x, c, out, &forced);
 }
@@ -184,7 +187,7 @@ struct Bf16 {
 };
 
 // A batch of products, or the sum of them.
-Bf16 check_bf16(const char* op, const Tensor& a, const Tensor& b) {
+Bf16 check_bf16(const char* op, const Tensor& a, const Tensor& b, bool rows_first = false) {
   const int32_t device = device_of(a, b);
   Bf16 x{};
   Bf16Problem& p = x.problem;
@@ -196,7 +199,7 @@ Bf16 check_bf16(const char* op, const Tensor& a, const Tensor& b) {
   if (b.size(0) != a.size(0)) {
     fail(op, "b", cat(a.size(0), " matrices as in a"), cat(Shape{b}));
   }
-  x.extents = {a.size(0), p.a.rows, p.b.rows};
+  x.extents = {a.size(0), p.a.rows, p.b.rows, rows_first};
   return x;
 }
 
@@ -234,25 +237,27 @@ void run_bf16(const Tensor& a, const Tensor& b, Bf16& x, const std::optional<Ten
 }
 
 Tensor run_new(const char* op, const Tensor& a, const Tensor& b, ScalarType out_dtype,
-               const std::optional<Tensor>& c) {
-  Bf16 x = check_bf16(op, a, b);
+               const std::optional<Tensor>& c, bool rows_first = false) {
+  Bf16 x = check_bf16(op, a, b, rows_first);
   check(is_out_dtype(out_dtype), op, "out_dtype", "torch.bfloat16 or torch.float32",
         Dtype(out_dtype));
   const Extents& e = x.extents;
   const int32_t device = a.get_device_index();
   const Tensor out = op == kSum ? empty_cuda({e.m, e.n}, out_dtype, device)
-                                : empty_cuda({e.batch, e.m, e.n}, out_dtype, device);
+                                : empty_cuda(e.shape(), out_dtype, device);
   run_bf16(a, b, x, c, out);
   return out;
 }
 
-void bf16_batched_gemm_out(Tensor a, Tensor b, std::optional<Tensor> c, Tensor out) {
-  Bf16 x = check_bf16(kBf16, a, b);
+void bf16_batched_gemm_out(Tensor a, Tensor b, std::optional<Tensor> c, bool rows_first,
+                           Tensor out) {
+  Bf16 x = check_bf16(kBf16, a, b, rows_first);
   run_bf16(a, b, x, c, out);
 }
 
-Tensor bf16_batched_gemm(Tensor a, Tensor b, ScalarType out_dtype, std::optional<Tensor> c) {
-  return run_new(kBf16, a, b, out_dtype, c);
+Tensor bf16_batched_gemm(Tensor a, Tensor b, ScalarType out_dtype, std::optional<Tensor> c,
+                         bool rows_first) {
+  return run_new(kBf16, a, b, out_dtype, c, rows_first);
 }
 
 void bf16_batch_sum_out(Tensor a, Tensor b, std::optional<Tensor> c, Tensor out) {

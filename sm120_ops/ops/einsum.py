@@ -10,10 +10,10 @@ how the tensors are looked at; three ops do the work, on views as they lie:
     bf16_batched_gemm    the same of bfloat16 operands
     bf16_batch_sum       D = (C +) sum over g of A[g] @ B[g].T, in a fixed order
 
-A is [groups, M, K], B [groups, N, K], D [groups, M, N]. A group stride may be less than the row
-stride (tokens of all heads beside one another). Limits are those of gemm() and bf16_gemm(): K-major
-FP8 and FP4, bfloat16 with either of rows and K contiguous, lines and groups at multiples of 16
-bytes. D's last stride is 1; its rows and groups may lie in either order, at any distance.
+A is [groups, M, K], B [groups, N, K], D [groups, M, N] or, with rows_first, [M, groups, N]. A group
+stride may be less than the row stride (tokens of all heads beside one another). Limits are those of
+gemm() and bf16_gemm(): K-major FP8 and FP4, bfloat16 with either of rows and K contiguous, lines
+and groups at multiples of 16 bytes. D's last stride is 1, its rows and matrices lie anywhere apart.
 
 The CPU kernels sum in float64 and round once to float32, and from there to bfloat16, as the CUDA
 kernels do from their float32 accumulators.
@@ -34,17 +34,18 @@ from .layout import FP4_DTYPES, TAGS, as_bytes, ceil_div
 from .quantize import GRANS_K, decode, logical_k, scale_values
 
 _SCALED = "Tensor a, Tensor sfa, Tensor b, Tensor sfb, int gran_k_a, int gran_k_b"
-# {op: its inputs}
+# {op: its inputs, its options}
 OPS = {
-    "batched_gemm": _SCALED,
-    "bf16_batched_gemm": "Tensor a, Tensor b",
-    "bf16_batch_sum": "Tensor a, Tensor b",
+    "batched_gemm": (_SCALED, ", bool rows_first=False"),
+    "bf16_batched_gemm": ("Tensor a, Tensor b", ", bool rows_first=False"),
+    "bf16_batch_sum": ("Tensor a, Tensor b", ""),
 }
 
 _lib = torch.library.Library("sm120", "FRAGMENT")
-for _op, _inputs in OPS.items():
-    _lib.define(f"{_op}({_inputs}, ScalarType out_dtype, Tensor? c=None) -> Tensor", tags=TAGS)
-    _lib.define(f"{_op}.out({_inputs}, Tensor? c=None, *, Tensor(a!) out) -> ()", tags=TAGS)
+for _op, (_inputs, _options) in OPS.items():
+    _tail = f"Tensor? c=None{_options}"
+    _lib.define(f"{_op}({_inputs}, ScalarType out_dtype, {_tail}) -> Tensor", tags=TAGS)
+    _lib.define(f"{_op}.out({_inputs}, {_tail}, *, Tensor(a!) out) -> ()", tags=TAGS)
 # The kernel that would run, as JSON: pure host code in C++. format: "bf16", "mxfp8" or "mxfp4".
 _lib.define(
     "_einsum_config(str format, int batch, int m, int n, int k, bool summed, int gran_k,"
@@ -63,7 +64,9 @@ Names = tuple[str, str]  # what the user calls A and B
 Shape = tuple[int, ...]
 
 
-def _check_inputs(op: str, kind: str, inputs: tuple[Any, ...], names: Names = ("a", "b")) -> Shape:
+def _check_inputs(
+    op: str, kind: str, inputs: tuple[Any, ...], rows_first: bool, names: Names = ("a", "b")
+) -> Shape:
     """Checks what is multiplied (inputs of the op `kind`); gives the shape of D."""
     if kind == "batched_gemm":
         a, sfa, b, sfb, *grans = inputs
@@ -83,8 +86,10 @@ def _check_inputs(op: str, kind: str, inputs: tuple[Any, ...], names: Names = ("
         _check.require_same_device(op, "a", a=a, b=b)
     if b.shape[0] != a.shape[0]:
         _check.fail(op, names[1], f"{a.shape[0]} matrices as in {names[0]}", b.shape)
-    matrix = (a.shape[1], b.shape[1])
-    return matrix if kind == "bf16_batch_sum" else (a.shape[0], *matrix)
+    groups, m, n = a.shape[0], a.shape[1], b.shape[1]
+    if kind == "bf16_batch_sum":
+        return m, n
+    return (m, groups, n) if rows_first else (groups, m, n)
 
 
 def _tensors(
@@ -124,12 +129,10 @@ def _check_out(
         check_matrix_out(op, out, (shape[0], shape[1]), c)
     else:
         _check_matrices(op, "out", out, shape)
-        group, row = out.stride(0), out.stride(1)
-        groups, m, n = shape
-        rows_inside = row >= n and group >= row * (m - 1) + n
-        groups_inside = group >= n and row >= group * (groups - 1) + n
-        alone = (groups <= 1 and row >= n) or (m <= 1 and group >= n) or (groups <= 1 and m <= 1)
-        if not (rows_inside or groups_inside or alone) and out.numel() > 0:
+        (outer, inner, n), (far, near, _) = shape, out.stride()
+        apart = (far >= near * (inner - 1) + n or outer <= 1) and (near >= n or inner <= 1)
+        swapped = (near >= far * (outer - 1) + n or inner <= 1) and (far >= n or outer <= 1)
+        if not (apart or swapped) and out.numel() > 0:
             requirement = "rows and matrices that do not overlap"
             _check.fail(op, "out", requirement, f"strides {list(out.stride())}")
         if c is not None and _check.has_address(out) and _check.has_address(c):
@@ -156,7 +159,9 @@ def _values(data: torch.Tensor, scale: torch.Tensor, gran_k: int) -> torch.Tenso
     return values
 
 
-def _into(op: str, out: torch.Tensor, inputs: tuple[Any, ...], c: torch.Tensor | None) -> None:
+def _into(
+    op: str, out: torch.Tensor, inputs: tuple[Any, ...], c: torch.Tensor | None, rows_first: bool
+) -> None:
     """Plain PyTorch on any device."""
     if op == "batched_gemm":
         a, sfa, b, sfb, gran_k_a, gran_k_b = inputs
@@ -166,38 +171,43 @@ def _into(op: str, out: torch.Tensor, inputs: tuple[Any, ...], c: torch.Tensor |
     product = a @ b.transpose(1, 2)
     if op == "bf16_batch_sum":
         product = product.sum(0)
+    elif rows_first:
+        product = product.transpose(0, 1)
     out.copy_((product if c is None else product + c.double()).float())
 
 
 def _register(op: str) -> None:
-    """CPU and fake kernels of one op. args: its inputs; out_dtype without `out`; c."""
-    count = OPS[op].count(",") + 1
+    """CPU and fake kernels of one op. args: its inputs; out_dtype without `out`; c, rows_first."""
+    count = OPS[op][0].count(",") + 1
+
+    def options(args: tuple[Any, ...]) -> tuple[torch.Tensor | None, bool]:
+        return (*args, *(None, False)[len(args) :])
 
     def fake(*args: Any) -> torch.Tensor:
-        dtype, c = args[count], args[count + 1] if len(args) > count + 1 else None
+        dtype, (c, rows_first) = args[count], options(args[count + 1 :])
         _check.require_choice(op, "out_dtype", dtype, OUT_DTYPES)
-        shape = _check_inputs(op, op, args[:count])
+        shape = _check_inputs(op, op, args[:count], rows_first)
         _check_c(op, c, shape, dtype)
         _check.require_same_device(op, "a", c=c, **_tensors(op, args))
         empty: torch.Tensor = args[0].new_empty(shape, dtype=dtype)
         return empty
 
     def fake_out(*args: Any, out: torch.Tensor) -> None:
-        c = args[count] if len(args) > count else None
+        c, rows_first = options(args[count:])
         _check.require_tensor(op, "out", out)
         _check.require_dtype(op, "out", out, OUT_DTYPES)
-        shape = _check_inputs(op, op, args[:count])
+        shape = _check_inputs(op, op, args[:count], rows_first)
         _check_c(op, c, shape, out.dtype)
         _check_out(op, out, shape, c, **_tensors(op, args))
 
     def cpu(*args: Any) -> torch.Tensor:
         out = fake(*args)
-        _into(op, out, args[:count], args[count + 1] if len(args) > count + 1 else None)
+        _into(op, out, args[:count], *options(args[count + 1 :]))
         return out
 
     def cpu_out(*args: Any, out: torch.Tensor) -> None:
         fake_out(*args, out=out)
-        _into(op, out, args[:count], args[count] if len(args) > count else None)
+        _into(op, out, args[:count], *options(args[count:]))
 
     torch.library.register_fake(f"sm120::{op}", fake, lib=_lib)
     torch.library.register_fake(f"sm120::{op}.out", fake_out, lib=_lib)
@@ -226,11 +236,10 @@ class Plan(NamedTuple):
     b: str
     d: str
     exchanged: bool  # B has D's rows, A its columns, which are last
-    # Dimensions of the operand with D's rows, of the other, and of D, in the order of the op: first
-    # groups, if there are any.
+    # Dimensions of the operand with D's rows, and of the other: groups if there are any, rows, K.
     left: tuple[int, ...]
     right: tuple[int, ...]
-    result: tuple[int, ...]
+    rows_first: bool  # D is [M, groups, N]
     summed: bool
 
 
@@ -271,7 +280,7 @@ def parse(equation: str) -> Plan:
         a, b, d, exchanged,
         tuple(left.index(i) for i in (*outer, row, k)),
         tuple(right.index(i) for i in (*outer, column, k)),
-        tuple(d.index(i) for i in (*batch, row, column)),
+        len(batch) == 1 and d[0] == row,
         len(inner) == 2,
     )  # fmt: skip
 
@@ -414,14 +423,20 @@ def einsum(
             _check.require_dtype(op, arg, x, (out_dtype,))
             if any(got != wanted for got, wanted in zip(x.shape, shape, strict=True)):
                 _check.fail(op, arg, f"shape {list(shape)}", x.shape)
-    d = out if out is not None else data_a.new_empty(shape, dtype=out_dtype)
-    matrices = torch.Tensor.permute if plan.summed else _grouped
-    result, addend = matrices(d, plan.result), None if c is None else matrices(c, plan.result)
+    # An equation without a batch is a batch of one.
+    alone = len(shape) == 2 and not plan.summed
+    addend = c[None] if c is not None and alone else c
+    result = out[None] if out is not None and alone else out
     if not compiling:
         names = ("b", "a") if plan.exchanged else ("a", "b")
-        wanted = _check_inputs(op, kind, inputs, names)
+        wanted = _check_inputs(op, kind, inputs, plan.rows_first, names)
         _check_c(op, addend, wanted, out_dtype)
-        if out is not None:
+        if result is not None:
             _check_out(op, result, wanted, addend, **_tensors(kind, inputs, names))
-    getattr(torch.ops.sm120, kind).out(*inputs, addend, out=result)
-    return d
+    options = () if plan.summed else (plan.rows_first,)
+    packet = getattr(torch.ops.sm120, kind)
+    if out is None:
+        d: torch.Tensor = packet.default(*inputs, out_dtype, addend, *options)
+        return d[0] if alone else d
+    packet.out(*inputs, addend, *options, out=result)
+    return out

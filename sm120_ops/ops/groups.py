@@ -20,6 +20,7 @@ from .layout import (
     align,
     as_bytes,
     ceil_div,
+    fresh,
     pack_scales_of,
 )
 from .quantize import logical_k
@@ -71,7 +72,7 @@ def k_major_groups(data: torch.Tensor, packed_rows: bool = False) -> torch.Tenso
         return columns.unflatten(1, (groups, k // 2)).transpose(0, 1)
     if data.stride(-1) == 1:
         return data
-    return data.view(torch.uint8).contiguous().view(data.dtype)
+    return fresh(data.view(torch.uint8)).view(data.dtype)
 
 
 def prepare_groups(
