@@ -159,8 +159,9 @@ def test_compile(device: torch.device, backend: str) -> None:
         d = einsum("bhr,hdr->bhd", x, w, out_dtype=torch.float32)
         grad = einsum("bhd,bhr->hdr", d.bfloat16(), x, out_dtype=torch.float32)
         total = einsum("bmk,bnk->mn", w, w, out=torch.empty(48, 48, device=device))
-        grans = {"gran_k_a": 32, "gran_k_b": 32}
-        quantised = einsum("bhr,hdr->bhd", (data, scale), weights.given, c=d, **grans)
+        quantised = einsum(
+            "bhr,hdr->bhd", (data, scale), weights.given, c=d, gran_k_a=32, gran_k_b=32
+        )
         return [d, grad, total, quantised]
 
     torch._dynamo.reset()

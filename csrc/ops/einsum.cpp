@@ -232,7 +232,7 @@ void run_bf16(const Tensor& a, const Tensor& b, Bf16& x, const std::optional<Ten
   p.schedule = shape.batch > 1 ? Schedule::kBatch : Schedule::kTiles;
   p.groups.count = count_of(shape.batch);
   const DeviceGuard guard(device);
-  const std::optional<Tensor> workspace = new_workspace(bf16_workspace_bytes(config), device);
+  const std::optional<Tensor> workspace = new_workspace(bf16_workspace_bytes(config, p), device);
   SM120_OPS_CUDA_CHECK(op, launch_bf16_gemm(config, p, address(workspace), current_stream(device)));
 }
 
