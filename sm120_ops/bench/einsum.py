@@ -151,8 +151,15 @@ def run(context: Context) -> Iterator[Line]:
             yield line
         if scaled:
             a, b = _quantized(x, case, a_indices), _quantized(w, case, b_indices)
-            options = {"gran_k_a": case.gran_k, "gran_k_b": case.gran_k}
-            run_op = functools.partial(sm120_ops.einsum, case.equation, a, b, out=d, **options)
+            run_op = functools.partial(
+                sm120_ops.einsum,
+                case.equation,
+                a,
+                b,
+                out=d,
+                gran_k_a=case.gran_k,
+                gran_k_b=case.gran_k,
+            )
         else:
             run_op = functools.partial(sm120_ops.einsum, case.equation, x, w, out=d)
         line = context.time(run_op, provider="sm120_ops", atom=atom, **fields)
