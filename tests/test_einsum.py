@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -187,21 +189,51 @@ def test_opcheck(device: torch.device) -> None:
     reference.opcheck(ops.bf16_batch_sum.out, (x, w), {"out": total})
 
 
+H200 = (132, False, 50 << 20, 4916)  # SMs, native, L2 bytes, GB/s
+
+
+def test_configurations() -> None:
+    """All products count: few of a batch's tiles are many of all."""
+
+    def choose(fmt: str, *sizes: int, summed: bool = False) -> dict[str, Any]:
+        text = torch.ops.sm120._einsum_config(fmt, *sizes, summed, 32, *H200)
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    for b in (1, 4, 16):
+        few = choose("bf16", 8, b, 1024, 4096)
+        assert few["swapped"]
+        assert few["grid"] >= 128
+        assert choose("mxfp8", 8, b, 1024, 4096)["grid"] >= 128
+    large = choose("bf16", 8, 8192, 1024, 4096)
+    assert (large["tile_rows"], large["tile_cols"], large["split"]) == (128, 256, False)
+    assert large["total_us"] == pytest.approx(
+        8 * choose("bf16", 1, 8192, 1024, 4096)["total_us"], rel=0.1
+    )
+    assert choose("bf16", 2, 16, 128, 16384)["split"]  # a few tiles of a batch, long K
+    long_sum = choose("bf16", 4096, 128, 384, 128, summed=True)
+    assert long_sum["split"]
+    assert long_sum["grid"] == 132
+    assert not choose("bf16", 1, 4096, 4096, 32, summed=True)["split"]
+
+
 # ---- GPU -----------------------------------------------------------------------------------------
 
 Run = Callable[[int, bool, bool], None]
 
 
-def forced(case: Case, out: torch.Tensor, c: torch.Tensor | None = None) -> tuple[Run, list]:  # type: ignore[type-arg]
+def forced(
+    case: Case, out: torch.Tensor, c: torch.Tensor | None = None
+) -> tuple[Run, tuple[Operand, Operand]]:
     """Runs one configuration, (tile, swapped, split), on contiguous 'gmk,gnk->gmn' or its sum."""
     a, b, _ = build(case, torch.device("cuda"))
     ops = torch.ops.sm120
     if case.formats[0] == "bf16":
-        return functools.partial(ops._bf16_batched_forced, a.given, b.given, c, out), [a, b]
+        return functools.partial(ops._bf16_batched_forced, a.given, b.given, c, out), (a, b)
     (a_data, sfa), (b_data, sfb) = a.given, b.given
     grans = (a.gran_k, b.gran_k)
     run = functools.partial(ops._batched_gemm_forced, a_data, sfa, b_data, sfb, *grans, c, out)
-    return run, [a, b]
+    return run, (a, b)
 
 
 def legal_configs(run: Run) -> Iterator[tuple[int, bool, bool]]:
