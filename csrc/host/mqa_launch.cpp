@@ -1,7 +1,5 @@
 #include "host/mqa_launch.h"
 
-#include <algorithm>
-
 #include "host/launch.h"
 #include "host/math.h"
 #include "host/tensor_map.h"
