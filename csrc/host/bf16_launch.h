@@ -26,8 +26,9 @@ struct Bf16Problem {
   GemmGroups groups;  // without `step`
 };
 
-// Bytes of workspace the configuration needs for partial sums (0 unless split).
-int64_t bf16_workspace_bytes(const Bf16Config& config);
+// Bytes of workspace the configuration needs for partial sums: of a split, and of sums over more K
+// than one chain of MMAs adds up.
+int64_t bf16_workspace_bytes(const Bf16Config& config, int64_t k);
 
 // Launches on the stream; workspace as sized above. Returns the launch's error.
 cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,
