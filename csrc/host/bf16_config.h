@@ -50,6 +50,8 @@ struct Bf16Shape {
   int64_t summed = 1;  // pairs of matrices that a product is the sum of
 };
 
+using GroupedBf16Shape = Grouped<Bf16Shape>;
+
 struct Bf16Config {
   int tile;      // index into kBf16Tiles
   bool swapped;  // rows = B, cols = A
@@ -71,5 +73,11 @@ Bf16Config evaluate_bf16_config(int tile, bool swapped, bool split, const Bf16Sh
 
 // The cheapest legal configuration by the cost model; needs m, n > 0.
 Bf16Config choose_bf16_config(const Bf16Shape& shape, const GpuModel& gpu);
+
+// Grouped tokens, and groups of K: a split is for single products. Needs n > 0.
+bool is_legal_grouped(int tile, bool swapped, const GroupedBf16Shape& shape);
+Bf16Config evaluate_grouped_config(int tile, bool swapped, const GroupedBf16Shape& shape,
+                                   const GpuModel& gpu);
+Bf16Config choose_grouped_config(const GroupedBf16Shape& shape, const GpuModel& gpu);
 
 }  // namespace sm120

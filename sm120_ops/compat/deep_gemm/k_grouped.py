@@ -19,7 +19,6 @@ from .layout import Recipe, name_of
 from .runtime import skips
 
 _k_grouped_out = torch.ops.sm120.k_grouped_gemm.out
-_bf16_gemm_out = torch.ops.sm120.bf16_gemm.out
 
 
 def _check_groups(
@@ -142,29 +141,3 @@ def k_grouped_fp8_gemm_tn_contiguous(
     op = "k_grouped_fp8_gemm_tn_contiguous"
     if not skips(f"deep_gemm.{op}"):
         _block_scaled(op, 2, a, b, d, ks, ks_tensor, c, recipe, use_psum_layout, epilogue)
-
-
-def k_grouped_bf16_gemm_tn_contiguous(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    d: torch.Tensor,
-    ks: Sequence[int],
-    ks_tensor: torch.Tensor,
-    c: torch.Tensor | None = None,
-    compiled_dims: str = "mn",
-    use_psum_layout: bool = False,
-    epilogue: object = None,
-) -> None:
-    """D[g] = (C[g] +) A_g.T @ B_g of bfloat16 [sum of k_g, M] and [sum of k_g, N], as they lie."""
-    op = "k_grouped_bf16_gemm_tn_contiguous"
-    if skips(f"deep_gemm.{op}"):
-        return
-    reject_extras(op, None, epilogue)
-    _check.require_no_grad(name_of(op), a=a, b=b, c=c)
-    _check.require_tensor(name_of(op), "d", d, rank=3)
-    _check_groups(op, ks, d, a.shape[0], 1, use_psum_layout)
-    start = 0
-    for g, k in enumerate(ks):
-        rows = slice(start, start + k)
-        start += k
-        _bf16_gemm_out(a[rows].t(), b[rows].t(), None if c is None else c[g], out=d[g])
