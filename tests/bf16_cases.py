@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from reference import assert_bf16_close as check
 
 LAYOUTS = ("nt", "nn", "tn", "tt")
 OUT_DTYPES = (torch.bfloat16, torch.float32)
