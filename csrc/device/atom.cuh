@@ -63,13 +63,22 @@ struct ScalingMode {
   static constexpr bool kPerBlock = kPerBlockValue, kExact = kExactValue;
 };
 
+// K of the MMA instruction.
+template <Format kA, Format kB>
+inline constexpr int kNativeStepK = kA == Format::kFp4 && kB == Format::kFp4 ? 64 : 32;
+
+// K of a step of the GEMM. The emulation's are short even for two FP4 operands: it holds a step's
+// converted fragments and scales in registers.
+template <Format kA, Format kB>
+inline constexpr int kGemmStepK = kNative ? kNativeStepK<kA, kB> : 32;
+
 #if SM120_OPS_NATIVE
 
-template <Format kA, Format kB, int MT, int NT>
+template <Format kA, Format kB, int MT, int NT, int kStepKValue = kNativeStepK<kA, kB>>
 class WarpMma {
  public:
   static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
-  static constexpr int kStepK = kBothFp4 ? 64 : 32;
+  static constexpr int kStepK = kStepKValue;
   static constexpr Access kAccessA = kAccess<kA, kB>;
   static constexpr Access kAccessB = kAccess<kB, kA>;
   template <class Scaling>
@@ -157,21 +166,22 @@ class WarpMma {
 
 // Fragments become f16 (exact for e4m3 and e2m1), are multiplied by HMMA with FP32 sums, and the
 // sums are scaled in FP32: d += p * 2^(ea-127) * 2^(eb-127).
-template <Format kA, Format kB, int MT, int NT>
+template <Format kA, Format kB, int MT, int NT, int kStepKValue = kNativeStepK<kA, kB>>
 class WarpMma {
  public:
   static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
-  static constexpr int kStepK = kBothFp4 ? 64 : 32;
-  static constexpr Access kAccessA = kAccess<kA, kB>;
-  static constexpr Access kAccessB = kAccess<kB, kA>;
+  static constexpr int kStepK = kStepKValue;
+  static constexpr bool kHalfSteps = kBothFp4 && kStepK == 32;
+  static constexpr Access kAccessA = kHalfSteps ? Access::kPackedFp4 : kAccess<kA, kB>;
+  static constexpr Access kAccessB = kHalfSteps ? Access::kPackedFp4 : kAccess<kB, kA>;
   // e2m1 is moved into f16's bits without re-biasing, which divides it by 2^14
   static constexpr float kUnbias =
       (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
   // Converting early hides its latency where there are registers for it.
   template <class Scaling>
-  static constexpr bool kConvertAhead = !kBothFp4 && !Scaling::kPerBlock;
+  static constexpr bool kConvertAhead = kStepK == 32 && !Scaling::kPerBlock;
   using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
-  using RawB = uint32_t[2];
+  using RawB = uint32_t[kAccessB == Access::kPackedFp4 ? 1 : 2];
   static constexpr int kHalves = kStepK / 32;  // 32-blocks of K a step
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
@@ -310,7 +320,7 @@ class WarpMma {
   static __device__ __forceinline__ void convert_b(uint32_t (&b)[kHmmas][2], const RawB& raw) {
     if constexpr (kB == Format::kFp4) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         uint32_t h[4];
         fp4_to_f16(h, raw[half]);
         b[2 * half][0] = h[0], b[2 * half][1] = h[1];
@@ -333,15 +343,14 @@ class WarpMma {
         : "r"(v));
   }
 
-  // e2m1 nibbles n0..n7 -> f16 pairs (n0,n4) (n1,n5) (n2,n6) (n3,n7), each 2^-14 of its value:
-  // sign to bit 15, exponent and mantissa bits to 11..9
+  // e2m1 nibbles n0..n7 -> f16 pairs (n0,n4) (n1,n5) (n2,n6) (n3,n7), each 2^-14 of its value: sign
+  // to bit 15, exponent and mantissa bits to 11..9. All that is not zero lies in f16's upper byte,
+  // so shifts and masks are shared by four bytes, which then only have to be spread out.
   static __device__ __forceinline__ void fp4_to_f16(uint32_t (&h)[4], uint32_t v) {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint32_t sign = (v << (12 - 4 * q)) & 0x80008000u;
-      const uint32_t rest = (q < 3 ? v << (9 - 4 * q) : v >> 3) & 0x0e000e00u;
-      h[q] = sign | rest;
-    }
+    const uint32_t even = ((v << 4) & 0x80808080u) | ((v << 1) & 0x0e0e0e0eu);
+    const uint32_t odd = (v & 0x80808080u) | ((v >> 3) & 0x0e0e0e0eu);
+    h[0] = prmt(even, 0, 0x2404), h[2] = even & 0xff00ff00u;
+    h[1] = prmt(odd, 0, 0x2404), h[3] = odd & 0xff00ff00u;
   }
 
   // 2^(code - 127) of one byte of a word. Code 0 is the subnormal 2^-127; code 0xFF is NaN, which

@@ -58,14 +58,15 @@ class ReaderA {
 template <Access kMode, int kRowBytes, int kTiles>
 class ReaderB {
  public:
-  static constexpr int kRegs = 2;
-  static_assert(kMode != Access::kPackedFp4, "beside FP8, FP4 is the A operand");
+  static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;
 
   // first_row: tile row of the warp's first fragment, a multiple of 8
   __device__ explicit ReaderB(int first_row) {
     const int lane = lane_id();
     if constexpr (kMode == Access::kPairedFp8) {
       offset_ = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
+    } else if constexpr (kMode == Access::kPackedFp4) {  // matrices: tiles j, j+1 ..
+      offset_ = swizzled<kRowBytes>(first_row + lane % (8 * kGroup), 0);
     } else {  // matrices: tile j chunks 0, 1, tile j+1 chunks 0, 1
       const int row = lane % 8 + (kTiles > 1 ? lane / 16 * 8 : 0);
       offset_ = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
@@ -88,7 +89,9 @@ class ReaderB {
 
  private:
   // fragments one instruction reads
-  static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2 ? 1 : 2;
+  static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2        ? 1
+                                : kMode == Access::kPackedFp4 && kTiles % 4 == 0 ? 4
+                                                                                 : 2;
   uint32_t offset_;
 };
 

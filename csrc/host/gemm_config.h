@@ -11,27 +11,27 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 // axis), warps along the rows (of 8), the formats it is for, and why it is there.
 //   128 x 128  most reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment of
 //              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
-//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
+//   the same   with 64x32 warps, which need half the registers for column scales: like formats at
+//              gran_k 32.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
 //   128 x 16   the same with half the CTA count, for many weight rows.
 //   128 x 8    1 .. 8 tokens, as most experts have in decoding: half the work on tokens that are
-//   not
-//              there. FP8 cols only: a stage of 8 packed FP4 rows would not fill a swizzle atom.
+//              not there.
 #define SM120_GEMM_TILES(X)         \
   X(128, 128, 4, TileFormats::kAny) \
-  X(128, 128, 2, TileFormats::kFp8) \
+  X(128, 128, 2, TileFormats::kLike)\
   X(128, 64, 4, TileFormats::kAny)  \
   X(64, 64, 4, TileFormats::kAny)   \
   X(64, 32, 4, TileFormats::kAny)   \
   X(64, 16, 4, TileFormats::kAny)   \
   X(128, 16, 8, TileFormats::kAny)  \
-  X(128, 8, 8, TileFormats::kFp8Cols)
+  X(128, 8, 8, TileFormats::kAny)
 
-// kFp8: both operands; kFp8Cols: the one of the 8-column axis.
-enum class TileFormats { kAny, kFp8, kFp8Cols };
+// kLike: both operands of one format.
+enum class TileFormats { kAny, kLike };
 
 struct GemmTile {
   int rows, cols, warps_down;
@@ -79,9 +79,7 @@ struct GemmConfig {
 };
 
 constexpr bool has_instance(TileFormats tile, OperandFormat rows, OperandFormat cols) {
-  if (tile == TileFormats::kAny) return true;
-  return cols == OperandFormat::kMxfp8 &&
-         (tile == TileFormats::kFp8Cols || rows == OperandFormat::kMxfp8);
+  return tile == TileFormats::kAny || rows == cols;
 }
 
 // The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis

@@ -118,4 +118,11 @@ inline constexpr int kMathWarps = 8;
 inline constexpr int kMathThreads = 32 * kMathWarps;
 inline constexpr int kGemmThreads = kMathThreads + 128;
 
+// CTAs of the block-scaled GEMM that share an SM. Two where few tokens meet FP4 rows: what a warp
+// does there is a chain of short dependent steps on fragments that are used once, and the second
+// CTA's warps fill its gaps.
+constexpr int ctas_per_sm(bool fp4_rows, int cols) {
+  return fp4_rows && cols <= 32 ? 2 : 1;
+}
+
 }  // namespace sm120
