@@ -178,6 +178,9 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
         "layout",
         "gemm",
         "moe",
+        "grouped",
+        "k_grouped",
+        "mqa",
     }
     return report
 

@@ -23,12 +23,8 @@ namespace sm120 {
 // emulated through f16. Host code must not depend on it.
 inline constexpr bool kNative = SM120_OPS_NATIVE;
 
-// Shared memory a block may use where `blocks` of them share an SM of SM120, which has 100 KB and
-// takes 1 KB for each block. The emulated target obeys it too.
-constexpr int smem_limit(int blocks) {
-  return 102400 / blocks - 1024;
-}
-inline constexpr int kSmemLimit = smem_limit(1);  // 99 KB
+// Shared memory one block may use on SM120 (99 KB); the emulated target obeys it too.
+inline constexpr int kSmemLimit = 101376;
 
 inline constexpr int kWarpSize = 32;
 

@@ -189,21 +189,19 @@ class WarpMma {
   template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = 16 * i + 8 * h + g;
-        sfa_[i][h] = read_scale<kRead>(sfa + 4 * row, select_a);
+        sfa_[i][h] = read_scale<kRead>(sfa + row_scale_ + 4 * (16 * i + 8 * h), select_a);
       }
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + fragment_column<kAccessB>(2 * t + e);
-        sfb_[j][e] = read_scale<kRead>(sfb + 4 * column, select_b);
+        constexpr int kNext = kAccessB == Access::kPairedFp8 ? 2 : 1;  // column 2t + 1
+        sfb_[j][e] = read_scale<kRead>(sfb + column_scale_ + 4 * (8 * j + kNext * e), select_b);
       }
     }
   }
@@ -376,6 +374,9 @@ class WarpMma {
     }
   }
 
+  // Bytes from the scale word of the warp's first row, or column, to that of row g, column 2t.
+  const uint32_t row_scale_ = opaque(4 * (lane_id() / 4));
+  const uint32_t column_scale_ = opaque(4 * fragment_column<kAccessB>(2 * (lane_id() % 4)));
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
   float scale_a_[kHalves][MT][2], scale_b_[kHalves][NT][2];
   float partial_[MT][NT][4];

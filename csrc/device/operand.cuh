@@ -38,11 +38,12 @@ class ReaderA {
 
   static_assert(kMode != Access::kPairedFp8, "beside FP4, FP8 is the B operand");
 
-  // first_row: tile row of the warp's first fragment, a multiple of 16
-  __device__ explicit ReaderA(int first_row) {
+  // first_row: tile row of the warp's first fragment, a multiple of 16. first_byte: where the
+  // K-block begins in the tile's rows.
+  __device__ explicit ReaderA(int first_row, int first_byte = 0) {
     const int lane = lane_id();
     const int chunk = kMode == Access::kPlain ? lane / 16 : 0;
-    offset_ = swizzled<kRowBytes>(first_row + lane % 16, 16 * chunk);
+    offset_ = swizzled<kRowBytes>(first_row + lane % 16, first_byte + 16 * chunk);
   }
 
   // r: [kRegs] of fragment m_tile (16 rows each) at the given step
@@ -61,15 +62,16 @@ class ReaderB {
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;
 
   // first_row: tile row of the warp's first fragment, a multiple of 8
-  __device__ explicit ReaderB(int first_row) {
+  __device__ explicit ReaderB(int first_row, int first_byte = 0) {
     const int lane = lane_id();
     if constexpr (kMode == Access::kPairedFp8) {
-      offset_ = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
+      offset_ = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4),
+                                    first_byte + 8 * (lane % 4));
     } else if constexpr (kMode == Access::kPackedFp4) {  // matrices: tiles j, j+1 ..
-      offset_ = swizzled<kRowBytes>(first_row + lane % (8 * kGroup), 0);
+      offset_ = swizzled<kRowBytes>(first_row + lane % (8 * kGroup), first_byte);
     } else {  // matrices: tile j chunks 0, 1, tile j+1 chunks 0, 1
       const int row = lane % 8 + (kTiles > 1 ? lane / 16 * 8 : 0);
-      offset_ = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
+      offset_ = swizzled<kRowBytes>(first_row + row, first_byte + 16 * (lane / 8 % 2));
     }
   }
 

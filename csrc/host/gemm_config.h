@@ -11,8 +11,7 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 // axis), warps along the rows (of 8), the formats it is for, and why it is there.
 //   128 x 128  most reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment of
 //              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
-//   the same   with 64x32 warps, which need half the registers for column scales: like formats at
-//              gran_k 32.
+//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.
@@ -22,7 +21,7 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //              not there.
 #define SM120_GEMM_TILES(X)         \
   X(128, 128, 4, TileFormats::kAny) \
-  X(128, 128, 2, TileFormats::kLike)\
+  X(128, 128, 2, TileFormats::kFp8) \
   X(128, 64, 4, TileFormats::kAny)  \
   X(64, 64, 4, TileFormats::kAny)   \
   X(64, 32, 4, TileFormats::kAny)   \
@@ -30,8 +29,8 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
   X(128, 16, 8, TileFormats::kAny)  \
   X(128, 8, 8, TileFormats::kAny)
 
-// kLike: both operands of one format.
-enum class TileFormats { kAny, kLike };
+// kFp8: both operands.
+enum class TileFormats { kAny, kFp8 };
 
 struct GemmTile {
   int rows, cols, warps_down;
@@ -79,7 +78,8 @@ struct GemmConfig {
 };
 
 constexpr bool has_instance(TileFormats tile, OperandFormat rows, OperandFormat cols) {
-  return tile == TileFormats::kAny || rows == cols;
+  return tile == TileFormats::kAny ||
+         (rows == OperandFormat::kMxfp8 && cols == OperandFormat::kMxfp8);
 }
 
 // The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis

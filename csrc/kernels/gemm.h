@@ -69,7 +69,7 @@ struct GemmGroups {
 struct GemmParams {
   CUtensorMap rows;        // bytes [groups, rows, K], box [block_rows, stage bytes], swizzled
   CUtensorMap cols;        // bytes [groups, cols, K]
-  CUtensorMap rows_scale;  // int32 [groups, words, rows], box [1, block_rows]
+  CUtensorMap rows_scale;  // int32 [groups, words, rows], box [blocks a stage, block_rows]
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
@@ -99,6 +99,7 @@ struct GemmInstance {
   GemmKernel kernel;
   int smem_bytes;
   int rows_box_bytes, cols_box_bytes;  // bytes of an operand's line that a box holds
+  int scale_box_words = 1;             // scale words of a row that a box holds
 };
 
 // By index into kGemmTiles (host/gemm_config.h); named rows_cols.
@@ -117,12 +118,5 @@ GemmInstance bf16_instance_mn_mn(int tile);
 inline constexpr int kMathWarps = 8;
 inline constexpr int kMathThreads = 32 * kMathWarps;
 inline constexpr int kGemmThreads = kMathThreads + 128;
-
-// CTAs of the block-scaled GEMM that share an SM. Two where few tokens meet FP4 rows: what a warp
-// does there is a chain of short dependent steps on fragments that are used once, and the second
-// CTA's warps fill its gaps.
-constexpr int ctas_per_sm(bool fp4_rows, int cols) {
-  return fp4_rows && cols <= 32 ? 2 : 1;
-}
 
 }  // namespace sm120
