@@ -187,6 +187,9 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
         "gemm",
         "einsum",
         "moe",
+        "grouped",
+        "k_grouped",
+        "mqa",
     }
     return report
 

@@ -202,7 +202,7 @@ def test_graph_with_other_sizes(tn: bool, fmts: tuple[str, str]) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    for _ in range(20):
+    for _ in range(50):
         a, b, sizes = draw_groups()
         for parts, rows, data, scale in zip((a, b), (m, n), sources, scales, strict=True):
             new_data, new_scale = source(parts, rows, tn, "bytes")

@@ -63,13 +63,22 @@ struct ScalingMode {
   static constexpr bool kPerBlock = kPerBlockValue, kExact = kExactValue;
 };
 
+// K of the MMA instruction.
+template <Format kA, Format kB>
+inline constexpr int kNativeStepK = kA == Format::kFp4 && kB == Format::kFp4 ? 64 : 32;
+
+// K of a step of the GEMM. The emulation's are short even for two FP4 operands: it holds a step's
+// converted fragments and scales in registers.
+template <Format kA, Format kB>
+inline constexpr int kGemmStepK = kNative ? kNativeStepK<kA, kB> : 32;
+
 #if SM120_OPS_NATIVE
 
-template <Format kA, Format kB, int MT, int NT>
+template <Format kA, Format kB, int MT, int NT, int kStepKValue = kNativeStepK<kA, kB>>
 class WarpMma {
  public:
   static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
-  static constexpr int kStepK = kBothFp4 ? 64 : 32;
+  static constexpr int kStepK = kStepKValue;
   static constexpr Access kAccessA = kAccess<kA, kB>;
   static constexpr Access kAccessB = kAccess<kB, kA>;
   template <class Scaling>
@@ -163,46 +172,47 @@ class WarpMma {
 
 // Fragments become f16 (exact for e4m3 and e2m1), are multiplied by HMMA with FP32 sums, and the
 // sums are scaled in FP32: d += p * 2^(ea-127) * 2^(eb-127).
-template <Format kA, Format kB, int MT, int NT>
+template <Format kA, Format kB, int MT, int NT, int kStepKValue = kNativeStepK<kA, kB>>
 class WarpMma {
  public:
   static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
-  static constexpr int kStepK = kBothFp4 ? 64 : 32;
-  static constexpr Access kAccessA = kAccess<kA, kB>;
-  static constexpr Access kAccessB = kAccess<kB, kA>;
+  static constexpr int kStepK = kStepKValue;
+  static constexpr bool kHalfSteps = kBothFp4 && kStepK == 32;
+  static constexpr Access kAccessA = kHalfSteps ? Access::kPackedFp4 : kAccess<kA, kB>;
+  static constexpr Access kAccessB = kHalfSteps ? Access::kPackedFp4 : kAccess<kB, kA>;
   // e2m1 is moved into f16's bits without re-biasing, which divides it by 2^14
   static constexpr float kUnbias =
       (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
   // Converting early hides its latency where there are registers for it.
   template <class Scaling>
-  static constexpr bool kConvertAhead = !kBothFp4 && !Scaling::kPerBlock;
+  static constexpr bool kConvertAhead = kStepK == 32 && !Scaling::kPerBlock;
   using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
-  using RawB = uint32_t[2];
+  using RawB = uint32_t[kAccessB == Access::kPackedFp4 ? 1 : 2];
   static constexpr int kHalves = kStepK / 32;  // 32-blocks of K a step
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
 
-  __device__ WarpMma(int warp_row, int warp_col) : warp_row_(warp_row), warp_col_(warp_col) {}
+  __device__ WarpMma(int warp_row, int warp_col)
+      : row_scale_(opaque(4 * (warp_row + lane_id() / 4))),
+        col_scale_(opaque(4 * (warp_col + fragment_column<kAccessB>(2 * (lane_id() % 4))))) {}
 
   // sfa, sfb: of the CTA's tile
   template <ScaleRead kRead>
   __device__ __forceinline__ void load_scales(uint32_t sfa, uint32_t sfb, uint32_t select_a,
                                               uint32_t select_b) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = warp_row_ + 16 * i + 8 * h + g;
-        sfa_[i][h] = read_scale<kRead>(sfa + 4 * row, select_a);
+        sfa_[i][h] = read_scale<kRead>(sfa + row_scale_ + 4 * (16 * i + 8 * h), select_a);
       }
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = warp_col_ + 8 * j + fragment_column<kAccessB>(2 * t + e);
-        sfb_[j][e] = read_scale<kRead>(sfb + 4 * column, select_b);
+        constexpr int kNext = kAccessB == Access::kPairedFp8 ? 2 : 1;  // column 2t + 1
+        sfb_[j][e] = read_scale<kRead>(sfb + col_scale_ + 4 * (8 * j + kNext * e), select_b);
       }
     }
   }
@@ -319,7 +329,7 @@ class WarpMma {
   static __device__ __forceinline__ void convert_b(uint32_t (&b)[kHmmas][2], const RawB& raw) {
     if constexpr (kB == Format::kFp4) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         uint32_t h[4];
         fp4_to_f16(h, raw[half]);
         b[2 * half][0] = h[0], b[2 * half][1] = h[1];
@@ -342,15 +352,14 @@ class WarpMma {
         : "r"(v));
   }
 
-  // e2m1 nibbles n0..n7 -> f16 pairs (n0,n4) (n1,n5) (n2,n6) (n3,n7), each 2^-14 of its value:
-  // sign to bit 15, exponent and mantissa bits to 11..9
+  // e2m1 nibbles n0..n7 -> f16 pairs (n0,n4) (n1,n5) (n2,n6) (n3,n7), each 2^-14 of its value: sign
+  // to bit 15, exponent and mantissa bits to 11..9. All that is not zero lies in f16's upper byte,
+  // so shifts and masks are shared by four bytes, which then only have to be spread out.
   static __device__ __forceinline__ void fp4_to_f16(uint32_t (&h)[4], uint32_t v) {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint32_t sign = (v << (12 - 4 * q)) & 0x80008000u;
-      const uint32_t rest = (q < 3 ? v << (9 - 4 * q) : v >> 3) & 0x0e000e00u;
-      h[q] = sign | rest;
-    }
+    const uint32_t even = ((v << 4) & 0x80808080u) | ((v << 1) & 0x0e0e0e0eu);
+    const uint32_t odd = (v & 0x80808080u) | ((v >> 3) & 0x0e0e0e0eu);
+    h[0] = prmt(even, 0, 0x2404), h[2] = even & 0xff00ff00u;
+    h[1] = prmt(odd, 0, 0x2404), h[3] = odd & 0xff00ff00u;
   }
 
   // 2^(code - 127) of one byte of a word. Code 0 is the subnormal 2^-127; code 0xFF is NaN, which
@@ -376,7 +385,8 @@ class WarpMma {
     }
   }
 
-  int warp_row_, warp_col_;
+  // Bytes from the tile's first scale to that of the warp's row g, or column 2t.
+  uint32_t row_scale_, col_scale_;
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
   float scale_a_[kHalves][MT][2], scale_b_[kHalves][NT][2];
   float partial_[MT][NT][4];

@@ -38,11 +38,12 @@ class ReaderA {
 
   static_assert(kMode != Access::kPairedFp8, "beside FP4, FP8 is the B operand");
 
-  // first_row: tile row of the warp's first fragment, a multiple of 16
-  __device__ explicit ReaderA(int first_row) {
+  // first_row: tile row of the warp's first fragment, a multiple of 16. first_byte: where the
+  // K-block begins in the tile's rows.
+  __device__ explicit ReaderA(int first_row, int first_byte = 0) {
     const int lane = lane_id();
     const int chunk = kMode == Access::kPlain ? lane / 16 : 0;
-    const uint32_t offset = swizzled<kRowBytes>(first_row + lane % 16, 16 * chunk);
+    const uint32_t offset = swizzled<kRowBytes>(first_row + lane % 16, first_byte + 16 * chunk);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
   }
@@ -61,18 +62,20 @@ class ReaderA {
 template <Access kMode, int kRowBytes, int kTiles>
 class ReaderB {
  public:
-  static constexpr int kRegs = 2;
-  static_assert(kMode != Access::kPackedFp4, "beside FP8, FP4 is the A operand");
+  static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;
 
   // first_row: tile row of the warp's first fragment, a multiple of 8
-  __device__ explicit ReaderB(int first_row) {
+  __device__ explicit ReaderB(int first_row, int first_byte = 0) {
     const int lane = lane_id();
     uint32_t offset;
     if constexpr (kMode == Access::kPairedFp8) {
-      offset = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4), 8 * (lane % 4));
+      offset = swizzled<kRowBytes>(first_row + fragment_column<kMode>(lane / 4),
+                                   first_byte + 8 * (lane % 4));
+    } else if constexpr (kMode == Access::kPackedFp4) {  // matrices: tiles j, j+1 ..
+      offset = swizzled<kRowBytes>(first_row + lane % (8 * kGroup), first_byte);
     } else {  // matrices: tile j chunks 0, 1, tile j+1 chunks 0, 1
       const int row = lane % 8 + (kTiles > 1 ? lane / 16 * 8 : 0);
-      offset = swizzled<kRowBytes>(first_row + row, 16 * (lane / 8 % 2));
+      offset = swizzled<kRowBytes>(first_row + row, first_byte + 16 * (lane / 8 % 2));
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
@@ -94,7 +97,9 @@ class ReaderB {
 
  private:
   // fragments one instruction reads
-  static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2 ? 1 : 2;
+  static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2        ? 1
+                                : kMode == Access::kPackedFp4 && kTiles % 4 == 0 ? 4
+                                                                                 : 2;
   static constexpr int kSteps = kRowBytes / kStepBytes<kMode>;
   uint32_t offset_[kSteps];
 };

@@ -11,13 +11,10 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
 // axis), warps along the rows (of 8), the formats it is for, and why it is there.
-//   128 x 256  native only: 64x64 warps, which load least an MMA. The emulation has no registers
-//   for
-//              it. Two FP8 stages just fit 99 KB, which an MMA at 2048 FLOP a clock leaves time
-//              for.
+//   128 x 256  native only, as the emulation lacks the registers: 64x64 warps load least an MMA.
+//              Two FP8 stages just fit 99 KB; one MMA an SM in 4 clocks leaves time to fill them.
 //   128 x 128  next in reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment
-//   of
-//              16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
+//              of 16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
 //   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
@@ -25,8 +22,7 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //   64 x 16    1 .. 16 tokens: weights on the 16-row axis, 8 or 16 columns for the tokens.
 //   128 x 16   the same with half the CTA count, for many weight rows.
 //   128 x 8    1 .. 8 tokens, as most experts have in decoding: half the work on tokens that are
-//   not
-//              there. FP8 cols only: a stage of 8 packed FP4 rows would not fill a swizzle atom.
+//              not there.
 #define SM120_GEMM_TILES(X)         \
   X(128, 256, 2, TileFormats::kAny) \
   X(128, 128, 4, TileFormats::kAny) \
@@ -36,10 +32,10 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
   X(64, 32, 4, TileFormats::kAny)   \
   X(64, 16, 4, TileFormats::kAny)   \
   X(128, 16, 8, TileFormats::kAny)  \
-  X(128, 8, 8, TileFormats::kFp8Cols)
+  X(128, 8, 8, TileFormats::kAny)
 
-// kFp8: both operands; kFp8Cols: the one of the 8-column axis.
-enum class TileFormats { kAny, kFp8, kFp8Cols };
+// kFp8: both operands.
+enum class TileFormats { kAny, kFp8 };
 
 struct GemmTile {
   int rows, cols, warps_down;
@@ -80,9 +76,8 @@ struct GemmConfig {
 };
 
 constexpr bool has_instance(TileFormats tile, OperandFormat rows, OperandFormat cols) {
-  if (tile == TileFormats::kAny) return true;
-  return cols == OperandFormat::kMxfp8 &&
-         (tile == TileFormats::kFp8Cols || rows == OperandFormat::kMxfp8);
+  return tile == TileFormats::kAny ||
+         (rows == OperandFormat::kMxfp8 && cols == OperandFormat::kMxfp8);
 }
 
 // The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis

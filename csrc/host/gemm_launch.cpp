@@ -21,9 +21,9 @@ CUtensorMap data_map(const GemmOperand& x, int64_t k, int box_rows, int box_byte
                      x.stride, box_rows, box_bytes);
 }
 
-CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows) {
+CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows, int box_words) {
   return scale_map(x.scale, x.groups, x.rows, ceil_div(k, 4 * x.gran_k),
-                   x.groups > 1 ? x.scale_group_stride : 4, x.scale_stride, box_rows);
+                   x.groups > 1 ? x.scale_group_stride : 4, x.scale_stride, box_rows, box_words);
 }
 
 }  // namespace
@@ -46,8 +46,8 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   if (k > 0) {
     p.rows = data_map(rows, k, tile.rows, instance.rows_box_bytes);
     p.cols = data_map(cols, k, tile.cols, instance.cols_box_bytes);
-    p.rows_scale = scales_map(rows, k, tile.rows);
-    p.cols_scale = scales_map(cols, k, tile.cols);
+    p.rows_scale = scales_map(rows, k, tile.rows, instance.scale_box_words);
+    p.cols_scale = scales_map(cols, k, tile.cols, instance.scale_box_words);
   }
   p.out = problem.out;
   p.groups = problem.groups;

@@ -102,10 +102,10 @@ CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t str
 }
 
 CUtensorMap scale_map(const void* data, int64_t groups, int64_t rows, int64_t words,
-                      int64_t group_stride, int64_t stride, int box_rows) {
+                      int64_t group_stride, int64_t stride, int box_rows, int box_words) {
   return encode(CU_TENSOR_MAP_DATA_TYPE_INT32, data,
                 {{uint64_t(rows), 0, uint32_t(box_rows)},
-                 {uint64_t(words), 4 * uint64_t(stride), 1},
+                 {uint64_t(words), 4 * uint64_t(stride), uint32_t(box_words)},
                  {uint64_t(groups), 4 * uint64_t(group_stride), 1}},
                 CU_TENSOR_MAP_SWIZZLE_NONE);
 }

@@ -22,6 +22,6 @@ CUtensorMap scale_map(const void* data, int64_t rows, int64_t words, int64_t str
 
 // The same as [groups, rows, words], groups `group_stride` int32 apart (a multiple of 4).
 CUtensorMap scale_map(const void* data, int64_t groups, int64_t rows, int64_t words,
-                      int64_t group_stride, int64_t stride, int box_rows);
+                      int64_t group_stride, int64_t stride, int box_rows, int box_words);
 
 }  // namespace sm120

@@ -7,16 +7,18 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Operands that change every step: loops over unchanging ones are merged by the compiler.
-template <int kRegs>
+// Operands that change every step: loops over unchanging ones are merged by the compiler. FP4 is
+// converted with shifts and masks, so each of its nibbles must change: what becomes of bits that
+// stay is moved out of the loop.
+template <Format kFormat, int kRegs>
 __device__ __forceinline__ void refresh(uint32_t (&r)[kRegs], uint32_t salt) {
 #pragma unroll
-  for (int x = 0; x < kRegs; ++x) r[x] ^= salt;
+  for (int x = 0; x < kRegs; ++x) r[x] ^= kFormat == Format::kFp4 ? salt * 0x11111111u : salt;
 }
 
 template <Format kA, Format kB, int MT, int NT, bool kPerBlock>
 __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float* sink) {
-  using Mma = WarpMma<kA, kB, MT, NT>;
+  using Mma = WarpMma<kA, kB, MT, NT, kGemmStepK<kA, kB>>;
   // not exact: with scales that never change, the exact order's products would leave the loop
   using Scaling = ScalingMode<kPerBlock, false>;
   __shared__ uint32_t scales[2][256];
@@ -34,16 +36,16 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
     for (uint32_t& r : fragment) r = (threadIdx.x * 2246822519u) & 0x33333333u;
   }
   float acc[MT][NT][4] = {};
-  Mma mma;
+  Mma mma(0, 0);
   mma.template load_scales<ScaleRead::kAny>(sfa, sfb, 0x3210, 0x3210);
   mma.template set_scales<0, Scaling>();
   for (int it = 0; it < iterations; ++it) {
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + 1);
+      for (int j = 0; j < NT; ++j) refresh<kB>(b[j], (it & 1) + step + 1);
       mma.set_b(b);
 #pragma unroll
-      for (int i = 0; i < MT; ++i) refresh(a[i], (it & 1) + step + 1);
+      for (int i = 0; i < MT; ++i) refresh<kA>(a[i], (it & 1) + step + 1);
       typename Mma::FragA fragment[2];
       Mma::convert(fragment[0], a[0]);
 #pragma unroll
@@ -76,10 +78,10 @@ __global__ void __launch_bounds__(kThreads, 1) bf16_rate(int iterations, float* 
   for (int it = 0; it < iterations; ++it) {
     static_for<kSteps>([&](auto step) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j) refresh(b[j], (it & 1) + step + 1);
+      for (int j = 0; j < NT; ++j) refresh<Format::kFp8>(b[j], (it & 1) + step + 1);
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
-        refresh(a[i], (it & 1) + step + 1);
+        refresh<Format::kFp8>(a[i], (it & 1) + step + 1);
 #pragma unroll
         for (int j = 0; j < NT; ++j) mma_bf16(acc[i][j], a[i], b[j]);
       }

@@ -3,7 +3,9 @@
 // A persistent CTA of 12 warps. Of the last four, one decides which tiles are next and puts them in
 // a short queue, and one copies their operands and scales by TMA into a ring of stages; the first
 // eight multiply and store. A stage is one K-block: rows [block_rows, 128] and cols
-// [block_cols, 128], K-major and swizzled, and a packed scale word a row.
+// [block_cols, 128], K-major and swizzled, and a packed scale word a row. Where few tokens meet FP4
+// rows it is two, so that a row of the copy is 128 bytes rather than 64; each half of the math
+// warps then has one of the two, and their sums are added when the tile ends.
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
@@ -17,27 +19,39 @@ namespace sm120 {
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kWarpsDown>
 struct GemmTraits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols;
-  static constexpr int kWarpsAcross = kMathWarps / kWarpsDown;
-  static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
-  using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
+  static constexpr bool kRowsFp4 = kRowsFormat == Format::kFp4;
+  static constexpr bool kColsFp4 = kColsFormat == Format::kFp4;
+  static constexpr int kDeep = kRowsFp4 && kCols <= 32 ? 2 : 1;  // K-blocks a stage
+  static constexpr int kSliceWarps = kMathWarps / kDeep;         // that share a K-block
+  static constexpr int kDown = kDeep == 1 ? kWarpsDown : kSliceWarps;
+  static constexpr int kWarpsAcross = kSliceWarps / kDown;
+  static constexpr int MT = kRows / kDown / 16, NT = kCols / kWarpsAcross / 8;
+  using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT, kGemmStepK<kRowsFormat, kColsFormat>>;
   static constexpr Access kColAccess = Mma::kAccessB;
   static constexpr bool kHeadSplit = true;
   static constexpr bool kAnyK = false;
-  static constexpr int kStoreThreads = kMathThreads;
+  static constexpr int kStoreThreads = 32 * kSliceWarps;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
-  //                    | tile queue
-  static constexpr int kRowsRowBytes = kBlockK / (kRowsFormat == Format::kFp4 ? 2 : 1);
-  static constexpr int kColsRowBytes = kBlockK / (kColsFormat == Format::kFp4 ? 2 : 1);
-  static constexpr int kRowsBytes = kRows * kRowsRowBytes, kColsBytes = kCols * kColsRowBytes;
-  static constexpr int kRowsScaleBytes = 4 * kRows, kColsScaleBytes = 4 * kCols;
+  //                    | tile queue | sums of the other slice
+  static constexpr int kRowsBlockBytes = kBlockK / (kRowsFp4 ? 2 : 1);  // of a row, a K-block
+  static constexpr int kColsBlockBytes = kBlockK / (kColsFp4 ? 2 : 1);
+  // Rows of a tile have at most the 128 bytes of a swizzle pattern: a second tile for the rest.
+  static constexpr int kRowsRowBytes = kDeep * kRowsBlockBytes;
+  static constexpr int kColsRowBytes = kColsFp4 ? kDeep * kColsBlockBytes : kColsBlockBytes;
+  static constexpr int kColsTiles = kDeep * kColsBlockBytes / kColsRowBytes;
+  static constexpr int kColsTileBytes = kCols * kColsRowBytes;
+  static constexpr int kRowsBytes = kRows * kRowsRowBytes;
+  static constexpr int kColsBytes = kColsTiles * kColsTileBytes;
+  static constexpr int kRowsScaleBytes = 4 * kRows * kDeep, kColsScaleBytes = 4 * kCols * kDeep;
   static constexpr int kStageBytes = kRowsBytes + kColsBytes + kRowsScaleBytes + kColsScaleBytes;
+  static constexpr int kSumsBytes = (kDeep - 1) * 4 * kRows * kCols;
   static constexpr int align128(int bytes) { return (bytes + 127) / 128 * 128; }
   // One scale slot fewer than stages: with three FP8 stages of 128 x 128 a third slot would exceed
   // the limit by 48 bytes. See produce().
   static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
-    return stages * (kRowsBytes + kColsBytes + 16) + kQueueBytes +
+    return stages * (kRowsBytes + kColsBytes + 16) + kQueueBytes + kSumsBytes +
            scale_slots(stages) * align128(kRowsScaleBytes) +
            scale_slots(stages) * align128(kColsScaleBytes);
   }
@@ -52,14 +66,17 @@ struct GemmTraits {
   static constexpr int kFullAt = kColsScaleAt + kScaleSlots * align128(kColsScaleBytes);
   static constexpr int kEmptyAt = kFullAt + 8 * kStages;
   static constexpr int kQueueAt = kEmptyAt + 8 * kStages;
-  static constexpr int kSmemBytes = kQueueAt + kQueueBytes;
+  static constexpr int kSumsAt = kQueueAt + kQueueBytes;
+  static constexpr int kSmemBytes = kSumsAt + kSumsBytes;
 
-  static_assert(kSmemBytes <= kSmemLimit && kStages >= 2);
-  static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
-  static_assert(MT >= 1 && NT >= 1 && kRows % (16 * kWarpsDown) == 0);
+  static_assert(kSmemBytes == smem_bytes(kStages) && kSmemBytes <= kSmemLimit && kStages >= 2);
+  static_assert(kRowsRowBytes <= 128 && (kDeep == 1 || kSumsAt % 16 == 0));
+  static_assert(kRowsBytes % 1024 == 0 && kColsBytes % (8 * kColsRowBytes) == 0,
+                "swizzled tiles: aligned to the pattern, 8 rows");
+  static_assert(MT >= 1 && NT >= 1 && kRows % (16 * kDown) == 0);
 };
 
-// Ring positions of one role: data stages, and scale slots (one a K-block).
+// Ring positions of one role: data stages, and scale slots (one a stage).
 template <class Traits>
 struct Ring {
   RingState<Traits::kStages> data;
@@ -89,9 +106,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
-  // Scales trail data by one block: the slot of block x - 1 is free when the stage of block x is,
-  // because the ring has one slot fewer than stages.
-  uint32_t scale_bar = 0;  // full barrier of the block whose scales are still to be copied
+  // Scales trail data by one stage: the slot of stage x - 1 is free when stage x is, because the
+  // ring has one slot fewer than stages.
+  uint32_t scale_bar = 0;  // full barrier of the stage whose scales are still to be copied
   int scale_row = 0, scale_col = 0, scale_group = 0, scale_block = 0;
   const auto copy_scales = [&] {
     tma_load_3d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
@@ -114,14 +131,17 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     if (tile.group < 0) break;
     // Else tiles without K could fill the queue while the last one with K waits for its scales.
     if (tile.k_begin == tile.k_end) copy_last_scales();
-    for (int block = tile.k_begin; block < tile.k_end; ++block) {
+    for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
       mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
       if (scale_bar) copy_scales();
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
-      tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsRowBytes, tile.row,
+      tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsBlockBytes, tile.row,
                   p.rows_grouped ? tile.group : 0);
-      tma_load_3d(ring.cols(), &p.cols, ring.full(), block * T::kColsRowBytes, tile.col,
-                  p.cols_grouped ? tile.group : 0);
+      for (int i = 0; i < T::kColsTiles; ++i) {
+        tma_load_3d(ring.cols() + i * T::kColsTileBytes, &p.cols, ring.full(),
+                    block * T::kColsBlockBytes + i * T::kColsRowBytes, tile.col,
+                    p.cols_grouped ? tile.group : 0);
+      }
       scale_bar = ring.full(), scale_row = tile.row, scale_col = tile.col;
       scale_group = tile.group, scale_block = block;
       ring.data.advance();
@@ -132,19 +152,21 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
   pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 
-// Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks. kScales: how
-// both operands' scale words are read.
+// Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks, or over block
+// `slice` of each stage. kScales: how both operands' scale words are read.
 template <class T, ScaleRead kScales>
 __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile, Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4], int warp_row,
-                                           int warp_col) {
+                                           int warp_col, int slice) {
   using Mma = typename T::Mma;
   constexpr bool kScalePerBlock = kScales == ScaleRead::kCoarse;
   constexpr int kSteps = kBlockK / Mma::kStepK;
   constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
   static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
-  const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row);
-  const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(warp_col);
+  const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row, slice * T::kRowsBlockBytes);
+  const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(
+      warp_col, T::kColsTiles == 1 ? slice * T::kColsBlockBytes : 0);
+  const int cols_tile = T::kColsTiles == 1 ? 0 : slice * T::kColsTileBytes;
 
   // Software pipeline over the A fragments of all blocks in order: two ahead is on its way from
   // shared memory; with kConvertAhead the next is converted while one is multiplied.
@@ -155,7 +177,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   typename Mma::FragA fragment[2];
   const auto load_fragment = [&](auto n) {  // n: 0 .. kFragments - 1 of the ring's current stage
     constexpr int kStep = n / T::MT;
-    if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols(), kStep);
+    if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols() + cols_tile, kStep);
     rows.load(a[n % 2], ring.rows(), n % T::MT, kStep);
   };
   const auto run_block = [&](auto scaling, auto more) {
@@ -186,13 +208,19 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     });
     mma.template finish_block<Scaling>(acc);
   };
+  // Which of a slot's scale words serves a block of this slice.
+  const auto word = [&](const ScaleGran& gran, int block) {
+    if constexpr (T::kDeep == 1) return 0;
+    return gran.per_block ? block / 4 - (block - slice) / 4 : slice;
+  };
   const auto next_block = [&](int block, auto more) {
     // Only a tile's last block can be the last of K, which may be partial.
     constexpr bool kPartial = kScales == ScaleRead::kFine && !more;
     const bool last = !more && block == p.k_blocks - 1;
     const int byte = kScalePerBlock ? block & 3 : 0;
     mma.template load_scales<kPartial ? ScaleRead::kAny : kScales>(
-        ring.rows_scale() + byte, ring.cols_scale() + byte,
+        ring.rows_scale() + 4 * T::kBlockRows * word(p.rows_gran, block) + byte,
+        ring.cols_scale() + 4 * T::kBlockCols * word(p.cols_gran, block) + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
     if (kScalePerBlock || !mma.regular_scales()) {
@@ -201,14 +229,47 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       run_block(ScalingMode<kScalePerBlock, kNative>{}, more);
     }
   };
-  if (tile.k_begin == tile.k_end) return;
-  mbarrier_wait(ring.full(), ring.data.parity);
-  static_for<2>(load_fragment);
-  Mma::convert(fragment[0], a[0]);
-  for (int block = tile.k_begin; block < tile.k_end - 1; ++block) {
-    next_block(block, std::true_type{});
+  const int begin = tile.k_begin + slice;
+  if (begin < tile.k_end) {
+    mbarrier_wait(ring.full(), ring.data.parity);
+    static_for<2>(load_fragment);
+    Mma::convert(fragment[0], a[0]);
+    const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
+    for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
+    next_block(last, std::false_type{});
   }
-  next_block(tile.k_end - 1, std::false_type{});
+  // The last stage may have nothing for slice 1.
+  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) {
+    mbarrier_wait(ring.full(), ring.data.parity);
+    release_stage(ring.empty());
+    ring.data.advance();
+    ring.scale.advance();
+  }
+}
+
+// Adds the sums of slice 1 to those of slice 0. Every math warp must call it.
+template <class T>
+__device__ __forceinline__ void combine_slices(uint32_t base, float (&acc)[T::MT][T::NT][4],
+                                               int slice) {
+  float4* sums =
+      static_cast<float4*>(smem_pointer(base + T::kSumsAt)) + threadIdx.x % T::kStoreThreads;
+  if (slice == 1) {
+#pragma unroll
+    for (int f = 0; f < T::MT * T::NT; ++f) {
+      const float (&v)[4] = acc[f / T::NT][f % T::NT];
+      sums[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+  named_barrier<1, kMathThreads>();
+  if (slice == 0) {
+#pragma unroll
+    for (int f = 0; f < T::MT * T::NT; ++f) {
+      float (&v)[4] = acc[f / T::NT][f % T::NT];
+      const float4 other = sums[f * T::kStoreThreads];
+      v[0] += other.x, v[1] += other.y, v[2] += other.z, v[3] += other.w;
+    }
+  }
+  named_barrier<1, kMathThreads>();  // before slice 1 writes those of the next tile
 }
 
 template <class T>
@@ -239,8 +300,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
 
   grow_registers<232>();
+  const int slice = warp / T::kSliceWarps;
   // Once for the main loop and once for the stores.
-  const int warp_row = kept(warp / T::kWarpsAcross * T::MT * 16);
+  const int warp_row = kept(warp % T::kSliceWarps / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
@@ -248,19 +310,22 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     if (p.rows_gran.per_block && p.cols_gran.per_block) {
-      accumulate<T, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col);
+      accumulate<T, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col, slice);
     } else if (kNative && !p.rows_gran.per_block && !p.cols_gran.per_block) {
-      accumulate<T, ScaleRead::kFine>(p, tile, ring, acc, warp_row, warp_col);
+      accumulate<T, ScaleRead::kFine>(p, tile, ring, acc, warp_row, warp_col, slice);
     } else {  // measured: the emulation loses 5 % with kFine
-      accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col);
+      accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col, slice);
     }
-    tile = queue.read();  // again, rather than in registers all the while
-    store_tile<T>(p, tile, acc, warp_row, warp_col);
+    if constexpr (T::kDeep > 1) combine_slices<T>(ring.base, acc, slice);
+    if (slice == 0) {
+      tile = queue.read();  // again, rather than in registers all the while
+      store_tile<T>(p, tile, acc, warp_row, warp_col);
+    }
     mbarrier_arrive_of_warp(queue.empty());  // what was read has been used by now
   }
   if (p.schedule == Schedule::kSplit) {
     grid_barrier();
-    reduce_partials<T>(p, warp_row, warp_col);
+    if (slice == 0) reduce_partials<T>(p, warp_row, warp_col);
   }
 }
 

@@ -71,7 +71,7 @@ struct GemmGroups {
 struct GemmParams {
   CUtensorMap rows;        // bytes [groups, rows, K], box [block_rows, stage bytes], swizzled
   CUtensorMap cols;        // bytes [groups, cols, K]
-  CUtensorMap rows_scale;  // int32 [groups, words, rows], box [1, block_rows]
+  CUtensorMap rows_scale;  // int32 [groups, words, rows], box [blocks a stage, block_rows]
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
@@ -106,6 +106,7 @@ struct GemmInstance {
   GemmKernel kernel;
   int smem_bytes;
   int rows_box_bytes, cols_box_bytes;  // bytes of an operand's line that a box holds
+  int scale_box_words = 1;             // scale words of a row that a box holds
 };
 
 // By index into kGemmTiles (host/gemm_config.h); named rows_cols.

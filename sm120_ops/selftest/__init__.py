@@ -18,19 +18,12 @@ import torch
 
 from sm120_ops._console import make_console, require_writable, step
 from sm120_ops.device import Environment, describe, is_supported
-from sm120_ops.selftest import cases, formulas, moe
+from sm120_ops.selftest import cases, formulas, grouped, moe, mqa
+from sm120_ops.selftest.bounds import SumCase, sum_error
 from sm120_ops.selftest.einsum import EinsumCase, einsum_cases
 
 FORMULA = "CPU reference to FP64 formula"
 REFERENCE, GPU_FORMULA, RERUN = "GPU to CPU reference", "GPU to FP64 formula", "GPU to second run"
-
-# One BF16 rounding is 2^-8 of the value at most. FP32 sums of at most 4,096 products, in any order,
-# are within 2^-18 of the sum of magnitudes. The kernel and the reference each round once, and where
-# their sums lie on two sides of a midpoint they give neighbouring values: two roundings apart.
-BF16_ROUNDING = 2.0**-8
-SUM_ERROR = 2.0**-18
-# Frobenius norm of the difference over that of the reference, where D is FP32.
-FP32_NORM_ERROR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +100,15 @@ def gemm_formula(case: cases.GemmCase | EinsumCase) -> torch.Tensor:
 def gemm_error(
     case: cases.GemmCase | EinsumCase, got: torch.Tensor, want: torch.Tensor, roundings: int = 1
 ) -> float:
-    """Worst element, in units of what is allowed for it: at most 1 is right."""
-    rounding = BF16_ROUNDING * roundings if case.out_dtype == torch.bfloat16 else 0.0
-    allowed = rounding * want.abs() + SUM_ERROR * gemm_magnitude(case)
-    difference = (got.double() - want).abs()
-    ratio = torch.where(difference == 0, 0.0, difference / allowed)
-    worst = ratio.max().item() if ratio.numel() else 0.0
-    if case.out_dtype == torch.float32 and want.norm() > 0:
-        norm_error = (difference.norm() / want.norm()).item()
-        worst = max(worst, norm_error / FP32_NORM_ERROR)
-    return worst
+    return sum_error(got, want, gemm_magnitude(case), roundings)
 
 
 def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
     """Errors of a result of the CPU reference against FP64; every value allowed is at most 1."""
     if isinstance(case, cases.GemmCase | EinsumCase):
         return {"out": gemm_error(case, got["out"], gemm_formula(case))}
+    if isinstance(case, SumCase):
+        return {"out": case.error(got["out"])}
     if isinstance(case, cases.QuantizeCase):
         values, byte = formulas.quantize(
             case.input(), case.format, case.gran_k, case.gran_mn, case.rule
@@ -158,7 +144,7 @@ def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def check_on_cpu(family: str, case: Any) -> Iterator[Outcome]:
-    allowed = 1.0 if family in ("gemm", "einsum", "moe") else 0.0
+    allowed = 1.0 if family in ("gemm", "einsum", "moe") or isinstance(case, SumCase) else 0.0
     for part, error in formula_errors(case, case.run(torch.device("cpu"))).items():
         yield Outcome(family, f"{case_name(case)} [{part}]", FORMULA, error, allowed)
 
@@ -174,6 +160,9 @@ def check_on_gpu(family: str, case: Any, device: torch.device) -> Iterator[Outco
             yield Outcome(family, name, REFERENCE, error, 1.0)
             error = gemm_error(case, value, gemm_formula(case))
             yield Outcome(family, name, GPU_FORMULA, error, 1.0)
+        elif isinstance(case, SumCase):
+            yield Outcome(family, name, REFERENCE, case.error(value, want[part]), 1.0)
+            yield Outcome(family, name, GPU_FORMULA, case.error(value), 1.0)
         elif family == "moe":
             error = moe.relative_error(value, want[part], moe.REFERENCE_ERROR)
             yield Outcome(family, name, REFERENCE, error, 1.0)
@@ -189,6 +178,9 @@ def all_cases(quick: bool) -> dict[str, list[Any]]:
         "gemm": list(cases.gemm_cases(quick)),
         "einsum": list(einsum_cases(quick)),
         "moe": list(moe.moe_cases(quick)),
+        "grouped": list(grouped.grouped_cases(quick)),
+        "k_grouped": list(grouped.k_grouped_cases(quick)),
+        "mqa": list(mqa.mqa_cases(quick)),
     }
 
 

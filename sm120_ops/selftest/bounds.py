@@ -1,0 +1,53 @@
+"""What rounding can do to sums of products, and the cases that are held to it."""
+
+from __future__ import annotations
+
+import torch
+
+# One BF16 rounding is 2^-8 of the value at most. FP32 sums of at most 4,096 products, in any order,
+# are within 2^-18 of the sum of magnitudes. The kernel and the reference each round once, and where
+# their sums lie on two sides of a midpoint they give neighbouring values: two roundings apart.
+BF16_ROUNDING = 2.0**-8
+SUM_ERROR = 2.0**-18
+# Frobenius norm of the difference over that of the reference, where D is FP32.
+FP32_NORM_ERROR = 1e-6
+
+
+def sum_error(
+    got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, roundings: int = 1
+) -> float:
+    """Worst element, in units of what is allowed for it: at most 1 is right, NaN is wrong.
+
+    ``want`` is FP64, ``magnitude`` what the sums of absolute products are. Infinite elements of
+    ``want`` must be met exactly.
+    """
+    infinite = want.isinf()
+    if not torch.equal(got[infinite].double(), want[infinite]):
+        return float("nan")
+    got, want, magnitude = got[~infinite], want[~infinite], magnitude[~infinite]
+    rounding = BF16_ROUNDING * roundings if got.dtype == torch.bfloat16 else 0.0
+    allowed = rounding * want.abs() + SUM_ERROR * magnitude
+    difference = (got.double() - want).abs()
+    ratio = torch.where(difference == 0, 0.0, difference / allowed)
+    worst = ratio.max().item() if ratio.numel() else 0.0
+    if got.dtype == torch.float32 and want.norm() > 0:
+        worst = max(worst, (difference.norm() / want.norm()).item() / FP32_NORM_ERROR)
+    return worst
+
+
+class SumCase:
+    """A case whose one result, "out", is sums of products: what its family's file has to say."""
+
+    def run(self, device: torch.device) -> dict[str, torch.Tensor]:
+        raise TypeError(f"{type(self).__name__} runs nothing")
+
+    def formula(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP64 values of "out", and the sums of magnitudes."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def error(self, got: torch.Tensor, want: torch.Tensor | None = None) -> float:
+        """Against the formula or, where given, the CPU reference's result."""
+        exact, magnitude = self.formula()
+        if want is None:
+            return sum_error(got, exact, magnitude)
+        return sum_error(got, want.double(), magnitude, roundings=2)
