@@ -29,6 +29,7 @@ from .. import _check
 from .gemm import OUT_DTYPES, Operand, check_operand, check_same_k, prepare
 from .groups import check_group_scales, prepare_groups
 from .layout import TAGS, align, ceil_div, check_packed_scales
+from .library import Library
 from .quantize import GRANS_K, decode, logical_k, scale_values
 
 ALIGNMENTS = (16, 32, 64, 128)
@@ -42,7 +43,7 @@ OPS = {
     "grouped_gemm_masked": ("masked_m", {"expected_m": 0}),
 }
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 for _op, (_index, _options) in OPS.items():
     _inputs = (
         f"Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor {_index}, int gran_k_a, int gran_k_b"
