@@ -70,6 +70,22 @@ def test_opcheck(device: torch.device, name: str) -> None:
 
 
 @every_op
+def test_no_gradient(device: torch.device, name: str) -> None:
+    """As documented of the raw ops: results carry none, or torch warns on the way back."""
+    tensors = sample(name, device, 8)
+    floats = [
+        x.requires_grad_()
+        for key, x in tensors.items()
+        if x.dtype in (torch.float32, torch.bfloat16) and key not in CASES[name].outputs
+    ]
+    results = [x for x in call(name, tensors) if x.requires_grad]
+    if results:
+        with pytest.warns(UserWarning, match=f"{name}: an autograd kernel was not registered"):
+            torch.autograd.backward([x.float().nan_to_num(0, 0, 0).sum() for x in results])
+    assert [x.grad for x in floats] == [None] * len(floats)
+
+
+@every_op
 def test_samples_with_other_seeds_differ(name: str) -> None:
     """Else the tests below would replay what they captured."""
     cpu = torch.device("cpu")

@@ -16,8 +16,9 @@ import torch
 from .. import _check
 from .gemm import LAYOUTS, OUT_DTYPES, check_matrix, check_matrix_out
 from .layout import TAGS
+from .library import Library
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _lib.define(
     "bf16_gemm(Tensor a, Tensor b, ScalarType out_dtype, Tensor? c=None) -> Tensor", tags=TAGS
 )

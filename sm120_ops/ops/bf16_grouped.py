@@ -36,6 +36,7 @@ from .group_layouts import (
     runs,
 )
 from .layout import TAGS
+from .library import Library
 
 # The layout of each op.
 OPS = {
@@ -45,7 +46,7 @@ OPS = {
 }
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a, b, index
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 for _op, _kind in OPS.items():
     _index, _options = LAYOUTS[_kind]
     _inputs = f"Tensor a, Tensor b, Tensor {_index}"

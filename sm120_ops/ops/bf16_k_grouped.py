@@ -31,11 +31,12 @@ from .group_layouts import (
     refuse_under_capture,
 )
 from .layout import TAGS
+from .library import Library
 
 OP = "bf16_k_grouped_gemm"
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a, b, ks
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _inputs = "Tensor a, Tensor b, Tensor ks"
 _lib.define(f"{OP}({_inputs}, ScalarType out_dtype, Tensor? c=None) -> Tensor", tags=TAGS)
 _lib.define(f"{OP}.out({_inputs}, Tensor? c=None, *, Tensor(a!) out) -> ()", tags=TAGS)

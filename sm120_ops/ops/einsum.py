@@ -31,6 +31,7 @@ from . import bf16
 from .gemm import OUT_DTYPES, Operand, check_matrix, check_matrix_out, check_operand, check_same_k
 from .groups import check_group_scales, k_major_groups, prepare_groups, rows_contiguous
 from .layout import FP4_DTYPES, TAGS, as_bytes, ceil_div
+from .library import Library
 from .quantize import GRANS_K, decode, logical_k, scale_values
 
 _SCALED = "Tensor a, Tensor sfa, Tensor b, Tensor sfb, int gran_k_a, int gran_k_b"
@@ -41,7 +42,7 @@ OPS = {
     "bf16_batch_sum": ("Tensor a, Tensor b", ""),
 }
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 for _op, (_inputs, _options) in OPS.items():
     _tail = f"Tensor? c=None{_options}"
     _lib.define(f"{_op}({_inputs}, ScalarType out_dtype, {_tail}) -> Tensor", tags=TAGS)

@@ -25,6 +25,7 @@ from .layout import (
     check_packed_scales,
     pack_scales_of,
 )
+from .library import Library
 from .quantize import GRANS_K, decode, logical_k, scale_values
 
 OUT_DTYPES = (torch.bfloat16, torch.float32)
@@ -32,7 +33,7 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 
 Operand = tuple[torch.Tensor, torch.Tensor]
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _lib.define(
     "gemm(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int gran_k_a, int gran_k_b,"
     " ScalarType out_dtype, Tensor? c=None, int[] head_splits=[]) -> Tensor",

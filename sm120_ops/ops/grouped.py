@@ -31,6 +31,7 @@ from .group_layouts import (
 )
 from .groups import check_group_scales, prepare_groups
 from .layout import TAGS, ceil_div, check_packed_scales
+from .library import Library
 from .quantize import GRANS_K, decode, logical_k, scale_values
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -38,7 +39,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 # The layout of each op.
 OPS = {"grouped_gemm": CONTIGUOUS, "grouped_gemm_psum": PSUM, "grouped_gemm_masked": MASKED}
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 for _op, _kind in OPS.items():
     _index, _options = LAYOUTS[_kind]
     _inputs = (

@@ -18,11 +18,12 @@ import torch
 
 from .. import _check
 from .layout import TAGS, check_out
+from .library import Library
 
 BLOCK_K = 64
 MAX_N = 128
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _lib.define(
     "hc_prenorm(Tensor x, Tensor fn, int? num_splits=None, float? eps=None) -> (Tensor, Tensor)",
     tags=TAGS,

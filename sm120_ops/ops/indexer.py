@@ -14,6 +14,7 @@ import torch
 
 from .. import _check
 from .layout import TAGS, check_out, fresh
+from .library import Library
 from .mqa_check import BLOCK_SIZES, HEAD_DIMS, check_cache, check_ints, require_shape
 from .quantize import FORMATS
 
@@ -21,7 +22,7 @@ MAX_K = 2048
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 SLOT_DTYPES = (torch.int32, torch.int64)
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _TOPK = (
     "Tensor logits, Tensor? starts, Tensor ends, int k, bool relative=False,"
     " Tensor? block_table=None, int block_kv=64"

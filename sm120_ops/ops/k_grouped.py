@@ -43,6 +43,7 @@ from .layout import (
     exponents_of,
     unpack_nibbles,
 )
+from .library import Library
 from .quantize import GRANS_K, decode
 
 OP = "k_grouped_gemm"
@@ -53,7 +54,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 Grans = tuple[int, int]
 
 _inputs = "Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor ks, int gran_k_a, int gran_k_b"
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _lib.define(f"{OP}({_inputs}, ScalarType out_dtype, Tensor? c=None) -> Tensor", tags=TAGS)
 _lib.define(f"{OP}.out({_inputs}, Tensor? c=None, *, Tensor(a!) out) -> ()", tags=TAGS)
 

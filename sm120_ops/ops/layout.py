@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from .. import _check
+from .library import Library
 
 E8M0_NAN = 0xFF
 FP4_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
@@ -24,7 +25,7 @@ BYTE_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 GRANS_MN = (1, 32, 128)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -26,6 +26,7 @@ from .layout import (
     check_packed_scales,
     fake_packed_scales,
 )
+from .library import Library
 from .quantize import FLOAT_DTYPES, FORMATS, GRANS_K, K_MULTIPLE, data_dtype, data_shape
 
 ALIGNMENTS = (16, 32, 64, 128)
@@ -34,7 +35,7 @@ MAX_TOPK = 32
 ID_DTYPES = (torch.int32, torch.int64)
 STEP_DTYPES = (torch.bfloat16, torch.float32)  # of products, biases and weights
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _ROUTE = "Tensor x, Tensor topk_ids, int num_experts, str format, int gran_k, int alignment"
 _lib.define(f"moe_route({_ROUTE}) -> (Tensor, Tensor, Tensor, Tensor)", tags=TAGS)
 _lib.define(

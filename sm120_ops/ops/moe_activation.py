@@ -21,6 +21,7 @@ import torch
 
 from .. import _check
 from .layout import TAGS, align
+from .library import Library
 from .moe import (
     ALIGNMENTS,
     STEP_DTYPES,
@@ -30,7 +31,7 @@ from .moe import (
     empty_quantized,
 )
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _ACTIVATION = (
     "Tensor gate_up, Tensor group_ends, str format, int gran_k, int alignment, Tensor? bias=None,"
     " float alpha=1.0, float up_offset=0.0, float? limit=None, bool interleaved=False"

@@ -14,12 +14,13 @@ import torch
 from .. import _check
 from .grouped import check_group_scales
 from .layout import FP4_DTYPES, TAGS, align, as_bytes, ceil_div, check_out
+from .library import Library
 from .moe import ALIGNMENTS, MAX_EXPERTS, STEP_DTYPES, check_dense, check_ids, moe_capacity
 from .quantize import FLOAT_DTYPES, FORMATS, GRANS_K, K_MULTIPLE, data_dtype, data_shape, logical_k
 
 Operand = tuple[torch.Tensor, torch.Tensor]
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _ARGS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor gate_up_scale,"
     " Tensor down, Tensor down_scale, str format, int gran_k, int weight_gran_k,"

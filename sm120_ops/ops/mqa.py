@@ -24,6 +24,7 @@ import torch
 
 from .. import _check
 from .layout import FP4_DTYPES, TAGS, as_bytes
+from .library import Library
 from .mqa_check import (
     MAX_CTAS,
     OUT_DTYPES,
@@ -37,7 +38,7 @@ from .mqa_reference import paged_into, ragged_into, schedule_into
 
 Quantised = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _RAGGED = (
     "Tensor q, Tensor? q_scale, Tensor k, Tensor k_scale, Tensor weights, Tensor starts,"
     " Tensor ends"

@@ -40,6 +40,7 @@ from .layout import (
     pack_nibbles,
     words_from_bytes,
 )
+from .library import Library
 
 FORMATS = ("mxfp8", "mxfp4")
 RULES = ("deepgemm", "ocp")
@@ -63,7 +64,7 @@ _E2M1_LIMITS = {
     ),
 }
 
-_lib = torch.library.Library("sm120", "FRAGMENT")
+_lib = Library()
 _lib.define(
     "quantize(Tensor x, str format, int gran_k=32, int gran_mn=1, str rule='deepgemm')"
     " -> (Tensor, Tensor)",
