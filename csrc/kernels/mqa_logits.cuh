@@ -120,11 +120,12 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
     __syncwarp();
     ring.at.advance();
   }
-  // The math warps read these when the queries are there.
+  // The math warps read their weights when the queries are there: 128 bytes a lane.
+  const int line_shift = max(p.heads_shift - 5, 0);
 #pragma unroll 1
-  for (int i = lane_id(); i < rows; i += kWarpSize) {
-    const float* weights = p.weights + (row + i) * p.weights_stride;
-    for (int head = 0; head < p.heads; head += 32) prefetch_l2(weights + head);
+  for (int i = lane_id(); i < rows << line_shift; i += kWarpSize) {
+    const int64_t at = row + (i >> line_shift);
+    prefetch_l2(p.weights + at * p.weights_stride + 32 * (i & ((1 << line_shift) - 1)));
   }
 }
 
@@ -146,32 +147,46 @@ __device__ __forceinline__ void copy_ragged_keys(const MqaParams& p, MqaRing<T>&
   }
 }
 
+// The cache blocks of a segment's pages, tile by tile: lane i has that of the tile's page i, -1 where
+// there is none. One tile ahead, since it takes a while to load them.
+struct PageWalk {
+  const int32_t* table;
+  int in_tile, page, pages;
+  int block;
+
+  __device__ PageWalk(const MqaParams& p, const Segment& s) {
+    int sequence = s.cell.row / p.rows.cell_rows;
+    if (p.rows.indices != nullptr) {  // varlen: the row that sees most has the longest table
+      sequence = s.cell.row;
+#pragma unroll 1
+      for (int i = 1; i < s.cell.rows; ++i) {
+        if (p.rows.ends[s.cell.row + i] > p.rows.ends[sequence]) sequence = s.cell.row + i;
+      }
+    }
+    table = p.block_table + static_cast<int64_t>(sequence) * p.table_stride;
+    in_tile = kTileKeys >> p.page_shift;
+    pages = (s.end + p.block_kv - 1) >> p.page_shift;
+    page = s.tile * in_tile + lane_id();
+    load();
+  }
+  __device__ void load() {
+    block = lane_id() < in_tile && page < pages ? table[page] : -1;
+    page += in_tile;
+  }
+};
+
 // Lane i copies page i of a tile. A block id outside the cache copies nothing; the consumers see it
 // in StageInfo::pages.
 template <class T>
 __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& ring,
-                                                const Segment& s) {
-  int sequence = s.cell.row / p.rows.cell_rows;
-  if (p.rows.indices != nullptr) {  // varlen: the row that sees most has the longest table
-    sequence = s.cell.row;
-#pragma unroll 1
-    for (int i = 1; i < s.cell.rows; ++i) {
-      if (p.rows.ends[s.cell.row + i] > p.rows.ends[sequence]) sequence = s.cell.row + i;
-    }
-  }
-  const int32_t* table = p.block_table + static_cast<int64_t>(sequence) * p.table_stride;
-  const int in_tile = kTileKeys / p.block_kv;
-  const int pages = (cell_keys(p.rows, s.cell).end + p.block_kv - 1) / p.block_kv;
+                                                const Segment& s, PageWalk& walk) {
   const int page_bytes = p.block_kv * T::kRowBytes;
-  int page = s.tile * in_tile + lane_id();
-  const auto block_at = [&](int i) { return lane_id() < in_tile && i < pages ? table[i] : -1; };
-  int block = block_at(page);
 #pragma unroll 1
   for (int tile = 0; tile < s.tiles; ++tile) {
-    page += in_tile;
-    const int next = tile + 1 < s.tiles ? block_at(page) : -1;
+    const int block = walk.block;
     const bool known = block >= 0 && block < p.num_blocks;
     const uint32_t copied = lanes_where(known);
+    walk.load();
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
       ring.info()->pages = copied;
@@ -183,7 +198,6 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
       tma_load_2d(ring.scales() + lane_id() * max(4 * p.block_kv, 128), &p.k_scale, ring.full(), 0,
                   block);
     }
-    block = next;
     ring.at.advance();
   }
 }
@@ -192,15 +206,18 @@ template <class T>
 __device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
                                             Cursor to) {
   const int most_rows = kMqaWarps * T::kColumns / p.heads;  // a pass
-  SegmentWalk walk(p.rows, from, to);
-  for (Segment s; walk.next(p.rows, s);) {
+  SegmentWalk segments(p.rows, from, to);
+  for (Segment s; segments.next(p.rows, s);) {
 #pragma unroll 1
     for (int first = 0; first < s.cell.rows; first += most_rows) {
-      copy_queries(p, ring, s, s.cell.row + first, min(most_rows, s.cell.rows - first));
+      const int row = s.cell.row + first, rows = min(most_rows, s.cell.rows - first);
       if (p.rows.starts != nullptr) {
+        copy_queries(p, ring, s, row, rows);
         copy_ragged_keys(p, ring, s);
       } else {
-        copy_paged_keys(p, ring, s);
+        PageWalk walk(p, s);  // its load is under way while the queries are copied
+        copy_queries(p, ring, s, row, rows);
+        copy_paged_keys(p, ring, s, walk);
       }
     }
   }

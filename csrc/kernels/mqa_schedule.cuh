@@ -48,12 +48,14 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
 }
 
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
+// kAtOnce: rows whose windows are loaded together.
+template <int kAtOnce>
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
     if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
   } else {
-#pragma unroll 1
+#pragma unroll kAtOnce
     for (int i = 0; i < cell.rows; ++i) {
       const KeyRange row = row_keys(r, cell.row + i);
       if (row.begin >= row.end) continue;
@@ -65,14 +67,17 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
   return {keys.begin / 16 * 16, keys.end};
 }
 
-// Of a cell, by number. Most often its length stands in `ends`: then few instructions are enough.
-__device__ __forceinline__ int cell_tiles(const MqaRows& r, int cell) {
-  KeyRange keys;
+// The same by the cell's number. Most often its length stands in `ends`: then few instructions are
+// enough.
+template <int kAtOnce>
+__device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, int cell) {
   if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
-    keys = {0, max(min(r.ends[cell], r.limit), 0)};
-  } else {
-    keys = cell_keys(r, cell_at(r, cell));
+    return {0, max(min(r.ends[cell], r.limit), 0)};
   }
+  return cell_keys<kAtOnce>(r, cell_at(r, cell));
+}
+
+__device__ __forceinline__ int tiles_of(const KeyRange& keys) {
   return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
 }
 
@@ -123,7 +128,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += cell_tiles(r, cell);
+  for (int cell = begin; cell < end; ++cell) sum += tiles_of(cell_keys<4>(r, cell));
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
@@ -147,7 +152,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = cell_tiles(r, cell)); ++cell)
+    for (int tiles; start >= before + (tiles = tiles_of(cell_keys<4>(r, cell))); ++cell)
       before += tiles, sum -= tiles;
     out[c - first] = {cell, static_cast<int>(start - before)};
   }
@@ -157,6 +162,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
 struct Segment {
   Cell cell;
   int first_key;  // of tile `tile`
+  int end;        // of the cell's keys
   int tile, tiles;
 };
 
@@ -174,17 +180,18 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        tiles_ = cell < r.cells ? cell_tiles(r, cell) : 0;
+        keys_ = cell < r.cells ? cell_keys<1>(r, cell) : KeyRange{0, 0};
       }
       const int skipped = at_.cell - seen_;
-      const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
+      const uint32_t rest = lanes_where(keys_.end > keys_.begin) >> skipped;
       if (rest == 0) {
         at_ = {seen_ + kWarpSize, 0};
         continue;
       }
       const int lane = skipped + __ffs(rest) - 1;
       if (lane > skipped) at_ = {seen_ + lane, 0};
-      int stop = from_lane(tiles_, lane);
+      const KeyRange keys{from_lane(keys_.begin, lane), from_lane(keys_.end, lane)};
+      int stop = tiles_of(keys);
       if (at_.cell > to_.cell) return false;
       if (at_.cell == to_.cell) stop = min(stop, to_.tile);
       s.tile = at_.tile;
@@ -193,7 +200,8 @@ class SegmentWalk {
       at_ = {cell + 1, 0};
       if (s.tiles <= 0) continue;
       s.cell = cell_at(r, cell);
-      s.first_key = cell_keys(r, s.cell).begin + s.tile * kTileKeys;
+      s.first_key = keys.begin + s.tile * kTileKeys;
+      s.end = keys.end;
       return true;
     }
     return false;
@@ -201,7 +209,8 @@ class SegmentWalk {
 
  private:
   Cursor at_, to_;
-  int seen_, tiles_;  // cell of lane 0, and this lane's cell's tiles
+  int seen_;       // cell of lane 0
+  KeyRange keys_;  // of this lane's cell
 };
 
 }  // namespace sm120
