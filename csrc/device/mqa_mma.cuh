@@ -33,11 +33,12 @@ __device__ __forceinline__ void load_rows16(uint32_t (&r)[4], uint32_t tile, uin
 }
 
 // A row's scales for its f16 fragments, which hold 2^-6 of the values (see expand()): those of a
-// 32-block b > 0 are multiplied by 2^(scale b - scale 0), which leaves 2^(scale 0 + 6) to be applied.
+// 32-block b > 0 are multiplied by 2^(scale b - scale 0), which leaves 2^(scale 0 + 6) to be
+// applied.
 template <int kBlocks>
 struct RowScale {
   static constexpr uint32_t kEach = 0x01010101, kOne = 15;  // f16's exponent of 1
-  uint32_t first;        // byte of block 0
+  uint32_t first;                                           // byte of block 0
   uint32_t multipliers;  // the upper byte of an f16 for each block
   bool regular;          // f16 has the multipliers, and all products are exact
 
@@ -312,7 +313,8 @@ class MqaMma {
       typename Step::FragA a;
       load_rows16<kRowBytes, kStepBytes>(raw, rows, offset_, s);
       convert_keys(a, raw, s);
-      const float row[2] = {scale_value(own[0] >> 8 * s & 0xff), scale_value(own[1] >> 8 * s & 0xff)};
+      const float row[2] = {scale_value(own[0] >> 8 * s & 0xff),
+                            scale_value(own[1] >> 8 * s & 0xff)};
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         float p[4], column[2];
@@ -339,8 +341,8 @@ class MqaMma {
   uint32_t word_, offset_;
   // Emulated FP4: state of the folded scales.
   struct {
-    uint32_t top, bottom;  // multipliers of rows g and g + 8
-    float factor;          // of key g + 8 * (t % 2)
+    uint32_t top, bottom;     // multipliers of rows g and g + 8
+    float factor;             // of key g + 8 * (t % 2)
     bool q_regular, regular;  // all queries; and all of the current keys
   } fold_;
 };

@@ -23,7 +23,7 @@ struct MqaParams {
   int32_t num_blocks, block_kv;     // ragged: keys (0 or not), and 128 as a stage's block
   int32_t page_shift, scale_shift;  // log2 of block_kv; of the bytes between scales in a stage
   int32_t heads, heads_shift;       // and log2 of it
-  void* out;  // [rows, columns]
+  void* out;                        // [rows, columns]
   int64_t out_stride;
   int32_t columns;
   bool bf16, clean;

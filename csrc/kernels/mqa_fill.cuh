@@ -15,7 +15,8 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
   }
 }
 
-// The keys from `begin` on whose logits are to be stored, and where in `out` that of key 0 would be.
+// The keys from `begin` on whose logits are to be stored, and where in `out` that of key 0 would
+// be.
 struct Target {
   int begin;
   uint32_t keys;

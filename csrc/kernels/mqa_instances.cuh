@@ -10,7 +10,8 @@ MqaInstance find_mqa_instance(int tiles, int queries) {
   MqaInstance found;
   const auto offer = [&](auto traits) {
     using T = decltype(traits);
-    if (T::NT == tiles && (T::kHalves ? 0 : T::kQueries) == queries) found = {mqa_logits<T>, T::kSmemBytes};
+    if (T::NT == tiles && (T::kHalves ? 0 : T::kQueries) == queries)
+      found = {mqa_logits<T>, T::kSmemBytes};
   };
   offer(MqaTraits<kFormat, kDim, 8, 0>{});
   offer(MqaTraits<kFormat, kDim, 8, 1>{});

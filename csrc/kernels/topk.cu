@@ -160,8 +160,8 @@ struct Threshold {
 
 // ---- Gathering ---------------------------------------------------------------------------------
 
-// Gathers the logits whose key is `from` (but at most infinity's) or more, with their columns; from =
-// 0: all. Gives how many there are; above kGathered, not all of them were kept.
+// Gathers the logits whose key is `from` (but at most infinity's) or more, with their columns; from
+// = 0: all. Gives how many there are; above kGathered, not all of them were kept.
 template <typename T>
 __device__ __forceinline__ uint32_t gather(Shared& s, const Row<T>& row, uint32_t from) {
   constexpr int kVectors = 2;
@@ -205,8 +205,8 @@ __device__ __forceinline__ uint32_t gather(Shared& s, const Row<T>& row, uint32_
   return s.count;
 }
 
-// A key that somewhat more than k of a row's keys should reach, from kChunk of them: each warp looks
-// at 128 columns in a row.
+// A key that somewhat more than k of a row's keys should reach, from kChunk of them: each warp
+// looks at 128 columns in a row.
 template <typename T>
 __device__ __forceinline__ uint32_t guess(Shared& s, const Row<T>& row, uint32_t k) {
   const uint32_t part = (row.end - row.first()) / kWarps;
@@ -272,8 +272,7 @@ __device__ __forceinline__ Threshold select_gathered(Shared& s, uint32_t count, 
 // ---- Kernel ------------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kNative ? 1 : 2)
-    indexer_topk(TopkArgs args) {
+__global__ void __launch_bounds__(kThreads, kNative ? 1 : 2) indexer_topk(TopkArgs args) {
   __shared__ Shared s;
   const int64_t index = blockIdx.x;
   Row<T> row;
