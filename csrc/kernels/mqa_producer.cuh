@@ -63,7 +63,7 @@ struct PageWalk {
   int block;
 
   __device__ PageWalk(const MqaParams& p, const Segment& s) {
-    int sequence = s.cell.row / p.rows.cell_rows;
+    int sequence = s.number;
     if (p.rows.indices != nullptr) {  // varlen: the row that sees most has the longest table
       sequence = s.cell.row;
 #pragma unroll 1
@@ -113,7 +113,7 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
 template <class T>
 __device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
                                             Cursor to) {
-  const int most_rows = kMqaWarps * T::kColumns / p.heads;  // a pass
+  const int most_rows = kMqaWarps * T::kColumns >> p.heads_shift;  // a pass
   SegmentWalk segments(p.rows, from, to);
   for (Segment s; segments.next(p.rows, s);) {
 #pragma unroll 1

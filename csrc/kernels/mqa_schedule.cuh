@@ -47,15 +47,15 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
   return {cell, end - cell};
 }
 
+inline constexpr int kRowsAtOnce = 4;  // of a cell, whose windows are loaded together
+
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
-// kAtOnce: rows whose windows are loaded together.
-template <int kAtOnce>
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
     if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
   } else {
-#pragma unroll kAtOnce
+#pragma unroll kRowsAtOnce
     for (int i = 0; i < cell.rows; ++i) {
       const KeyRange row = row_keys(r, cell.row + i);
       if (row.begin >= row.end) continue;
@@ -69,12 +69,11 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
 
 // The same by the cell's number. Most often its length stands in `ends`: then few instructions are
 // enough.
-template <int kAtOnce>
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, int cell) {
   if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
     return {0, max(min(r.ends[cell], r.limit), 0)};
   }
-  return cell_keys<kAtOnce>(r, cell_at(r, cell));
+  return cell_keys(r, cell_at(r, cell));
 }
 
 __device__ __forceinline__ int tiles_of(const KeyRange& keys) {
@@ -128,7 +127,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += tiles_of(cell_keys<4>(r, cell));
+  for (int cell = begin; cell < end; ++cell) sum += tiles_of(cell_keys(r, cell));
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
@@ -152,7 +151,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = tiles_of(cell_keys<4>(r, cell))); ++cell)
+    for (int tiles; start >= before + (tiles = tiles_of(cell_keys(r, cell))); ++cell)
       before += tiles, sum -= tiles;
     out[c - first] = {cell, static_cast<int>(start - before)};
   }
@@ -161,6 +160,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
 // One CTA's share of a cell.
 struct Segment {
   Cell cell;
+  int number;     // of the cell
   int first_key;  // of tile `tile`
   int end;        // of the cell's keys
   int tile, tiles;
@@ -180,7 +180,7 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        keys_ = cell < r.cells ? cell_keys<1>(r, cell) : KeyRange{0, 0};
+        keys_ = cell < r.cells ? cell_keys(r, cell) : KeyRange{0, 0};
       }
       const int skipped = at_.cell - seen_;
       const uint32_t rest = lanes_where(keys_.end > keys_.begin) >> skipped;
@@ -199,6 +199,7 @@ class SegmentWalk {
       const int cell = at_.cell;
       at_ = {cell + 1, 0};
       if (s.tiles <= 0) continue;
+      s.number = cell;
       s.cell = cell_at(r, cell);
       s.first_key = keys.begin + s.tile * kTileKeys;
       s.end = keys.end;
