@@ -1,6 +1,7 @@
-// How the work of MQA logits is divided: the key tiles of all cells are laid end to end and cut
-// into equal ranges, one a CTA. A cursor (cell, tile) is where a range starts. Cursors come from
-// the metadata op, or each CTA finds its own two: the same code does both.
+// How the work of MQA logits is divided: the key tiles of all cells, each cell's behind its
+// overhead, are laid end to end and cut into equal ranges, one a CTA. A cursor (cell, tile) is
+// where a range starts. Cursors come from the metadata op, or each CTA finds its own two: the same
+// code does both.
 #pragma once
 #include "device/arch.cuh"
 #include "device/barrier.cuh"
@@ -80,6 +81,12 @@ __device__ __forceinline__ int tiles_of(const KeyRange& keys) {
   return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
 }
 
+// Tiles and overhead.
+__device__ __forceinline__ int cell_units(const MqaRows& r, int cell) {
+  const int tiles = tiles_of(cell_keys(r, cell));
+  return tiles > 0 ? tiles + r.overhead : 0;
+}
+
 struct Cursor {
   int cell, tile;
 };
@@ -127,7 +134,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += tiles_of(cell_keys(r, cell));
+  for (int cell = begin; cell < end; ++cell) sum += cell_units(r, cell);
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
@@ -136,7 +143,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int64_t below = from_lane(warps, max(warp - 1, 0));
   int64_t before = upto - sum + (warp > 0 ? below : 0);
   const EqualParts ranges(total, ctas);
-  // Ranges that start behind the last tile.
+  // Ranges that start behind the last unit.
 #pragma unroll 1
   for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
     if (ranges.start(c) == total) out[c - first] = {r.cells, 0};
@@ -151,9 +158,9 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = tiles_of(cell_keys(r, cell))); ++cell)
-      before += tiles, sum -= tiles;
-    out[c - first] = {cell, static_cast<int>(start - before)};
+    for (int units; start >= before + (units = cell_units(r, cell)); ++cell)
+      before += units, sum -= units;
+    out[c - first] = {cell, max(static_cast<int>(start - before) - r.overhead, 0)};
   }
 }
 
