@@ -196,7 +196,7 @@ def mqa_kernels() -> list[sass.Kernel]:
 def test_mqa_kernels(mqa_kernels: list[sass.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n{sass.table(mqa_kernels)}")
-    assert len(mqa_kernels) == 42
+    assert len(mqa_kernels) == 48
     assert {kind(kernel) for kernel in mqa_kernels} == {"fp8", "fp4"}
     for kernel in mqa_kernels:
         assert all(re.match(r"(QMMA|OMMA)\.SF\.", opcode) for opcode in kernel.mma_opcodes)

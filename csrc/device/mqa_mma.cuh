@@ -138,7 +138,8 @@ class MqaMma {
       }
     }
     if constexpr (kFoldScales) {
-      fold_.q_regular = all_lanes(regular);  // all words are read: keep what is left of them
+      fold_.q_regular = all_lanes(regular);
+      __syncwarp();  // all words are read: keep what is left of them
       for (int c = lane_id(); c < 8 * NT; c += kWarpSize) {
         const uint32_t word = lds32(words + 4 * c);
         sts_float(words + 4 * c, __uint_as_float(RowScale<kBlocks>(word).rest(word)));

@@ -15,6 +15,7 @@ struct MqaRows {
   bool length_a_row;  // paged: a length for each row, not only each sequence's
   int32_t limit;      // keys there are (ragged) or that can be reached (paged)
   int32_t width;      // compressed logits: the longest window, else 0
+  int32_t overhead;   // key tiles that could be multiplied while a CTA turns to another cell
 };
 
 }  // namespace sm120

@@ -1,6 +1,7 @@
-// How the work of MQA logits is divided: the key tiles of all cells are laid end to end and cut
-// into equal ranges, one a CTA. A cursor (cell, tile) is where a range starts. Cursors come from
-// the metadata op, or each CTA finds its own two: the same code does both.
+// How the work of MQA logits is divided: the key tiles of all cells, each cell's behind its
+// overhead, are laid end to end and cut into equal ranges, one a CTA. A cursor (cell, tile) is
+// where a range starts. Cursors come from the metadata op, or each CTA finds its own two: the same
+// code does both.
 #pragma once
 #include "device/arch.cuh"
 #include "device/barrier.cuh"
@@ -47,13 +48,15 @@ __device__ __forceinline__ Cell cell_at(const MqaRows& r, int cell) {
   return {cell, end - cell};
 }
 
+inline constexpr int kRowsAtOnce = 4;  // of a cell, whose windows are loaded together
+
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
   KeyRange keys{0x7fffffff, 0};
   if (r.starts == nullptr && !r.length_a_row) {
     if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
   } else {
-#pragma unroll 1
+#pragma unroll kRowsAtOnce
     for (int i = 0; i < cell.rows; ++i) {
       const KeyRange row = row_keys(r, cell.row + i);
       if (row.begin >= row.end) continue;
@@ -65,15 +68,23 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
   return {keys.begin / 16 * 16, keys.end};
 }
 
-// Of a cell, by number. Most often its length stands in `ends`: then few instructions are enough.
-__device__ __forceinline__ int cell_tiles(const MqaRows& r, int cell) {
-  KeyRange keys;
+// The same by the cell's number. Most often its length stands in `ends`: then few instructions are
+// enough.
+__device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, int cell) {
   if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
-    keys = {0, max(min(r.ends[cell], r.limit), 0)};
-  } else {
-    keys = cell_keys(r, cell_at(r, cell));
+    return {0, max(min(r.ends[cell], r.limit), 0)};
   }
+  return cell_keys(r, cell_at(r, cell));
+}
+
+__device__ __forceinline__ int tiles_of(const KeyRange& keys) {
   return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
+}
+
+// Tiles and overhead.
+__device__ __forceinline__ int cell_units(const MqaRows& r, int cell) {
+  const int tiles = tiles_of(cell_keys(r, cell));
+  return tiles > 0 ? tiles + r.overhead : 0;
 }
 
 struct Cursor {
@@ -123,7 +134,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += cell_tiles(r, cell);
+  for (int cell = begin; cell < end; ++cell) sum += cell_units(r, cell);
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
@@ -132,7 +143,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int64_t below = from_lane(warps, max(warp - 1, 0));
   int64_t before = upto - sum + (warp > 0 ? below : 0);
   const EqualParts ranges(total, ctas);
-  // Ranges that start behind the last tile.
+  // Ranges that start behind the last unit.
 #pragma unroll 1
   for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
     if (ranges.start(c) == total) out[c - first] = {r.cells, 0};
@@ -147,16 +158,18 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int tiles; start >= before + (tiles = cell_tiles(r, cell)); ++cell)
-      before += tiles, sum -= tiles;
-    out[c - first] = {cell, static_cast<int>(start - before)};
+    for (int units; start >= before + (units = cell_units(r, cell)); ++cell)
+      before += units, sum -= units;
+    out[c - first] = {cell, max(static_cast<int>(start - before) - r.overhead, 0)};
   }
 }
 
 // One CTA's share of a cell.
 struct Segment {
   Cell cell;
+  int number;     // of the cell
   int first_key;  // of tile `tile`
+  int end;        // of the cell's keys
   int tile, tiles;
 };
 
@@ -174,17 +187,18 @@ class SegmentWalk {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
-        tiles_ = cell < r.cells ? cell_tiles(r, cell) : 0;
+        keys_ = cell < r.cells ? cell_keys(r, cell) : KeyRange{0, 0};
       }
       const int skipped = at_.cell - seen_;
-      const uint32_t rest = lanes_where(tiles_ > 0) >> skipped;
+      const uint32_t rest = lanes_where(keys_.end > keys_.begin) >> skipped;
       if (rest == 0) {
         at_ = {seen_ + kWarpSize, 0};
         continue;
       }
       const int lane = skipped + __ffs(rest) - 1;
       if (lane > skipped) at_ = {seen_ + lane, 0};
-      int stop = from_lane(tiles_, lane);
+      const KeyRange keys{from_lane(keys_.begin, lane), from_lane(keys_.end, lane)};
+      int stop = tiles_of(keys);
       if (at_.cell > to_.cell) return false;
       if (at_.cell == to_.cell) stop = min(stop, to_.tile);
       s.tile = at_.tile;
@@ -192,8 +206,10 @@ class SegmentWalk {
       const int cell = at_.cell;
       at_ = {cell + 1, 0};
       if (s.tiles <= 0) continue;
+      s.number = cell;
       s.cell = cell_at(r, cell);
-      s.first_key = cell_keys(r, s.cell).begin + s.tile * kTileKeys;
+      s.first_key = keys.begin + s.tile * kTileKeys;
+      s.end = keys.end;
       return true;
     }
     return false;
@@ -201,7 +217,8 @@ class SegmentWalk {
 
  private:
   Cursor at_, to_;
-  int seen_, tiles_;  // cell of lane 0, and this lane's cell's tiles
+  int seen_;       // cell of lane 0
+  KeyRange keys_;  // of this lane's cell
 };
 
 }  // namespace sm120
