@@ -107,16 +107,22 @@ def test_wheel_contents(wheel: Path) -> None:
         info = f"sm120_ops-{sm120_ops.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         tags = email.message_from_bytes(archive.read(f"{info}/WHEEL"))
-        notice = archive.read(f"{info}/licenses/NOTICE").decode()
     assert {file.split("/")[0] for file in files} == {"sm120_ops", info}
     assert [file for file in files if file.endswith(".so")] == ["sm120_ops/_C.so"]
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(files)
-    assert all(name in notice for name in ("CUTLASS", "CUDA runtime", "PyTorch", "CCCL"))
     assert "sm120_ops/__main__.py" in files
     assert metadata["Version"] == sm120_ops.__version__
     assert tags["Root-Is-Purelib"] == "false"
     # An install must never exchange the user's torch.
     assert not [r for r in metadata.get_all("Requires-Dist", []) if r.startswith("torch")]
+
+
+def test_notice_names_what_the_library_contains(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (file for file in archive.namelist() if file.endswith("/NOTICE"))
+        notice = archive.read(name).decode()
+    for work in ("CUTLASS", "CUDA runtime", "PyTorch", "CCCL"):
+        assert work in notice
 
 
 @pytest.fixture

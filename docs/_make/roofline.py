@@ -41,7 +41,8 @@ def draw(data: dict[str, Any]) -> str:
         axes.plot(
             [min(low, ridge), ridge, max(high, ridge)],
             [min(low, ridge) * copy_tbps, tflops, tflops],
-            color=f"C{index}",
+            color="0.35",
+            linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))][index % 5],
             linewidth=1,
             label=f"MMA loop {atom}, {tflops:.0f} TFLOP/s",
         )
