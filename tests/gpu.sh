@@ -72,9 +72,9 @@ timed() {
 
 last_line() { grep -v '^[[:space:]]*$' "$1" | tail -n 1 | cut -c 1-100; }
 
-# The build and machine-code tests belong to the machine that builds.
+# The build, machine-code and release tests belong to the machine that builds.
 pytest=("$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q
-        --ignore=test_setup.py --ignore=test_sass.py)
+        --ignore=test_setup.py --ignore=test_sass.py --ignore=test_release.py)
 
 for stage in "${stages[@]}"; do
   log=$out/$stage.log
