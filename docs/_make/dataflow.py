@@ -154,6 +154,49 @@ PICTURES = {
         ],
         [*chain("x", "route", "up", "act", "down", "combine", "y"), ("ids", "route")],
     ),
+    "bf16": Picture(
+        "A tile of the BF16 GEMM",
+        [
+            {
+                "a": tensor("A\nbf16, K-major or M-major"),
+                "b": tensor("B\nbf16, K-major or N-major"),
+            },
+            {"tma": kernel("producer warp\nTMA of either layout, no transpose pass")},
+            {"ring": tensor("ring in shared memory\nat most 99 KB")},
+            {"read": kernel("8 math warps\nldmatrix, transposing where K is not innermost")},
+            {"mma": kernel("mma.sync bf16\nFP32 sums, on both targets")},
+            {"epilogue": kernel("epilogue\n+ C, one rounding")},
+            {"d": tensor("D [M, N]\nbf16 or fp32")},
+        ],
+        [("a", "tma"), *chain("b", "tma", "ring", "read", "mma", "epilogue", "d")],
+    ),
+    "einsum": Picture(
+        "einsum: an equation becomes one launch",
+        [
+            {"operands": tensor("operands\nFP8, FP4 or bf16, as they lie")},
+            {"views": Box("views [groups, rows, K]\nany group stride, no copy")},
+            {
+                "batched": kernel("batched_gemm, bf16_batched_gemm\na product for each group"),
+                "sum": kernel("bf16_batch_sum\nsummed over the groups too"),
+            },
+            {"d": tensor("D\nheads beside one another, or one matrix")},
+        ],
+        [
+            *chain("operands", "views", "batched", "d"),
+            ("views", "sum"),
+            ("sum", "d"),
+        ],
+    ),
+    "hc_prenorm": Picture(
+        "Hyper-connection prenorm: one pass over x",
+        [
+            {"x": tensor("x [M, K]\nbf16"), "fn": tensor("fn [N, K]\nfloat32, rounded to TF32")},
+            {"kernel": kernel("hc_prenorm\nTF32 MMA, and squares of the same x")},
+            {"splits": Box("splits of K\nsummed in a fixed order, or handed out")},
+            {"d": tensor("d [M, N]\nfloat32"), "sqr": tensor("sqr_sum [M]\nfloat32")},
+        ],
+        [("x", "kernel"), *chain("fn", "kernel", "splits", "d"), ("splits", "sqr")],
+    ),
     "mqa": Picture(
         "A step of a sparse-attention indexer",
         [
