@@ -12,6 +12,12 @@ from ._stats import stats
 from ._version import __version__
 from .device import is_supported
 from .ops.bf16 import bf16_gemm, bf16_gemm_nn, bf16_gemm_tn, bf16_gemm_tt
+from .ops.bf16_grouped import (
+    bf16_grouped_gemm,
+    bf16_grouped_gemm_masked,
+    bf16_grouped_gemm_psum,
+)
+from .ops.bf16_k_grouped import bf16_k_grouped_gemm
 from .ops.einsum import einsum
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
@@ -33,6 +39,10 @@ __all__ = [
     "bf16_gemm_nn",
     "bf16_gemm_tn",
     "bf16_gemm_tt",
+    "bf16_grouped_gemm",
+    "bf16_grouped_gemm_masked",
+    "bf16_grouped_gemm_psum",
+    "bf16_k_grouped_gemm",
     "dequantize",
     "einsum",
     "gemm",

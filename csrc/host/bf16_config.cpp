@@ -45,12 +45,50 @@ int64_t k_blocks(const Bf16Tile& t, const Bf16Shape& s) {
   return s.summed * ceil_div(s.k, t.block_k);
 }
 
+// The model's terms, for `tiles` tiles on c.grid CTAs; all operands and D have `bytes`, and that
+// share of the GPU's SMs loads them.
+void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, double busy,
+              const GpuModel& gpu) {
+  const Bf16Tile& tile = kBf16Tiles[c.tile];
+  const Sm& sm = gpu.native ? kNativeSm : kH200Sm;
+  const int64_t blocks = k_blocks(tile, s);
+  // Compute: the busiest CTA's K-blocks, as waves of whole tiles or as an equal share of blocks.
+  const double block_us =
+      std::max({clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
+                2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
+  const int64_t waves = ceil_div(tiles, c.grid);
+  c.compute_us = (c.split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
+
+  // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
+  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
+  // Rows and columns past the edge take room in the ring from those on their way.
+  const int64_t rows = c.swapped ? s.n : s.m, cols = c.swapped ? s.m : s.n;
+  const double useful =
+      static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
+      (tile.rows + tile.cols);
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy)) * (1.5 - 0.5 * useful);
+
+  const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
+  // Slices add their sums through shared memory, written and read.
+  const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
+  c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
+              (waves - 1) * area / full * kTileStoreUs;
+  if (c.split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
+  c.total_us =
+      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
+}
+
+double bytes_of(const Bf16Shape& s) {
+  return 2.0 * s.batch * (s.summed * (s.m + s.n) * s.k + s.m * s.n);
+}
+
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
   const Bf16Tile& tile = kBf16Tiles[index];
   const double tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
-  if (tiles >= (1ll << 31) - (1 << 16)) return false;
+  if (tiles >= kMostTiles) return false;
   if (!split) return true;
   return blocks > 1 && tiles * blocks * (num_sms + 1) < (1ll << 32);
 }
@@ -58,37 +96,10 @@ bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_s
 Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16Shape& s,
                                 const GpuModel& gpu) {
   const Bf16Tile& tile = kBf16Tiles[index];
-  const Sm& sm = gpu.native ? kNativeSm : kH200Sm;
   const int64_t tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
   Bf16Config c{index, swapped, split, 0, 0, 0, 0, 0};
   c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
-
-  // Compute: the busiest CTA's K-blocks, as waves of whole tiles or as an equal share of blocks.
-  const double block_us =
-      std::max({clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
-                2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
-  const int64_t waves = ceil_div(tiles, c.grid);
-  c.compute_us = (split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
-
-  // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
-  const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
-  const double bytes = 2.0 * s.batch * (s.summed * (s.m + s.n) * s.k + s.m * s.n);
-  // Rows and columns past the edge take room in the ring from those on their way.
-  const int64_t rows = swapped ? s.n : s.m, cols = swapped ? s.m : s.n;
-  const double useful =
-      static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
-      (tile.rows + tile.cols);
-  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * c.grid / gpu.num_sms)) * (1.5 - 0.5 * useful);
-
-  const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
-  // Slices add their sums through shared memory, written and read.
-  const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
-  c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
-              (waves - 1) * area / full * kTileStoreUs;
-  if (split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
-  // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
-  c.total_us =
-      std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
+  estimate(c, s, tiles, bytes_of(s), static_cast<double>(c.grid) / gpu.num_sms, gpu);
   return c;
 }
 
@@ -105,6 +116,37 @@ Bf16Config choose_bf16_config(const Bf16Shape& s, const GpuModel& gpu) {
         if (!found || c.total_us < 0.98 * best.total_us) best = c;
         found = true;
       }
+    }
+  }
+  return best;
+}
+
+bool is_legal_grouped(int index, bool swapped, const GroupedBf16Shape& s) {
+  return most_tiles(kBf16Tiles[index], swapped, s) < kMostTiles;
+}
+
+Bf16Config evaluate_grouped_config(int index, bool swapped, const GroupedBf16Shape& s,
+                                   const GpuModel& gpu) {
+  const Bf16Tile& tile = kBf16Tiles[index];
+  const int64_t tiles = expected_tiles(tile, swapped, s);
+  Bf16Config c{index, swapped, false, 0, 0, 0, 0, 0};
+  c.grid = static_cast<int>(std::min<double>(gpu.num_sms, most_tiles(tile, swapped, s)));
+  // In the last wave some SMs have nothing to load.
+  const double busy =
+      static_cast<double>(tiles) / static_cast<double>(ceil_div(tiles, c.grid) * gpu.num_sms);
+  estimate(c, s.one, tiles, s.groups * bytes_of(s.one), busy, gpu);
+  return c;
+}
+
+Bf16Config choose_grouped_config(const GroupedBf16Shape& s, const GpuModel& gpu) {
+  Bf16Config best{};
+  bool found = false;
+  for (int tile = 0; tile < kNumBf16Tiles; ++tile) {
+    for (const bool swapped : {false, true}) {
+      if (!is_legal_grouped(tile, swapped, s)) continue;
+      const Bf16Config c = evaluate_grouped_config(tile, swapped, s, gpu);
+      if (!found || c.total_us < 0.98 * best.total_us) best = c;
+      found = true;
     }
   }
   return best;

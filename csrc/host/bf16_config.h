@@ -40,15 +40,13 @@ inline constexpr Bf16Tile kBf16Tiles[] = {
 };
 inline constexpr int kNumBf16Tiles = sizeof(kBf16Tiles) / sizeof(kBf16Tiles[0]);
 
-// K over which the tensor cores sum before the kernel goes on in another sum, where D is fp32: at
-// twice that, cut-off bits make a calc_diff of 1.7e-10 on an H200.
-inline constexpr int kMostSummedK = 8192;
-
 struct Bf16Shape {
   int64_t m, n, k;     // of one matrix
-  int64_t batch = 1;   // products
+  int64_t batch = 1;   // products of this shape; GroupedBf16Shape counts its groups itself
   int64_t summed = 1;  // pairs of matrices that a product is the sum of
 };
+
+using GroupedBf16Shape = Grouped<Bf16Shape>;
 
 struct Bf16Config {
   int tile;      // index into kBf16Tiles
@@ -71,5 +69,11 @@ Bf16Config evaluate_bf16_config(int tile, bool swapped, bool split, const Bf16Sh
 
 // The cheapest legal configuration by the cost model; needs m, n > 0.
 Bf16Config choose_bf16_config(const Bf16Shape& shape, const GpuModel& gpu);
+
+// Grouped tokens, and groups of K: a split is for single products. Needs n > 0.
+bool is_legal_grouped(int tile, bool swapped, const GroupedBf16Shape& shape);
+Bf16Config evaluate_grouped_config(int tile, bool swapped, const GroupedBf16Shape& shape,
+                                   const GpuModel& gpu);
+Bf16Config choose_grouped_config(const GroupedBf16Shape& shape, const GpuModel& gpu);
 
 }  // namespace sm120

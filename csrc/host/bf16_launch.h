@@ -27,7 +27,8 @@ struct Bf16Problem {
   int64_t summed = 1;  // groups of the operands that one product is summed over
 };
 
-// Bytes of workspace that the product needs for partial sums, of split tiles and of long K.
+// Bytes of workspace the configuration needs for partial sums: of a split, and of sums over more K
+// than one chain of MMAs adds up.
 int64_t bf16_workspace_bytes(const Bf16Config& config, const Bf16Problem& problem);
 
 // Launches on the stream; workspace as sized above. Returns the launch's error.

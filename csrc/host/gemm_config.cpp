@@ -86,29 +86,11 @@ double operand_bytes(const GemmShape& s) {  // of one product, and D
   return s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
 }
 
-// Tokens of a tile: as many as it has, or as a segment has.
-int64_t token_step(const GemmTile& tile, bool swapped, int64_t limit) {
-  const int64_t extent = swapped ? tile.cols : tile.rows;
-  return limit > 0 ? std::min(extent, limit) : extent;
-}
-
-int64_t weight_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
-  return ceil_div(s.one.n, swapped ? tile.rows : tile.cols);
-}
-
-// Upper bound of the tiles of all groups.
-double most_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
-  const int64_t step = token_step(tile, swapped, s.step);
-  const int64_t token_tiles =
-      std::min(s.most_groups * ceil_div(s.most_rows, step), s.most_groups + s.total_rows / step);
-  return static_cast<double>(token_tiles) * weight_tiles(tile, swapped, s);
-}
-
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
   const double tiles = count_tiles(kGemmTiles[index], swapped, s);
-  if (tiles >= (1ll << 31) - (1 << 16)) return false;
+  if (tiles >= kMostTiles) return false;
   if (split) {
     const double blocks = tiles * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
@@ -150,16 +132,14 @@ GemmConfig choose_gemm_config(const GemmShape& s, const GpuModel& gpu) {
 }
 
 bool is_legal_grouped(int index, bool swapped, const GroupedShape& s) {
-  // The kernel counts tiles in 32 bits.
-  return most_tiles(kGemmTiles[index], swapped, s) < (1ll << 31) - (1 << 16) &&
+  return most_tiles(kGemmTiles[index], swapped, s) < kMostTiles &&
          is_legal(index, swapped, false, s.one, 0);
 }
 
 GemmConfig evaluate_grouped_config(int index, bool swapped, const GroupedShape& s,
                                    const GpuModel& gpu) {
   const GemmTile& tile = kGemmTiles[index];
-  const int64_t tiles = s.groups * ceil_div(s.one.m, token_step(tile, swapped, s.step)) *
-                        weight_tiles(tile, swapped, s);
+  const int64_t tiles = expected_tiles(tile, swapped, s);
   GemmConfig c{index, swapped, false, 0, 0, 0, 0, 0};
   c.grid = static_cast<int>(std::min<double>(gpu.num_sms, most_tiles(tile, swapped, s)));
   // In the last wave some SMs have nothing to load.

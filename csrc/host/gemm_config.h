@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "host/grouped_shape.h"
+
 namespace sm120 {
 
 enum class OperandFormat { kMxfp8, kMxfp4 };
@@ -51,15 +53,7 @@ struct GemmShape {
   int64_t batch = 1;  // products of this shape; GroupedShape counts its groups itself
 };
 
-// Grouped tokens: what the choice of a configuration knows of them. The true numbers are on the
-// device; a wrong guess costs time only.
-struct GroupedShape {
-  GemmShape one;   // of a group; m: rows that a group with rows is expected to have, at least 1
-  int64_t groups;  // groups expected to have rows, at least 1
-  int64_t step;    // most rows a tile can serve: the alignment of segments; 0 for no limit
-  // Upper bounds: groups (or segments), rows of one, rows of all
-  int64_t most_groups, most_rows, total_rows;
-};
+using GroupedShape = Grouped<GemmShape>;
 
 struct GpuModel {
   int num_sms;

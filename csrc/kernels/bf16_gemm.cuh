@@ -4,6 +4,10 @@
 // many MMAs. So warps take 64 x 64 of the product where the tile allows, and where the tile has
 // fewer than eight such parts the warps share K: slice s multiplies the K-blocks in the stages
 // s, s + kSlices, ..., and the slices' sums are added at the tile's end.
+//
+// An MMA cuts off, rather than rounds, what does not fit the sum's 24 bits, so the relative error
+// of a chain of them grows with its length. Sums longer than p.chain_blocks are cut into chains,
+// which ordinary additions put together.
 #pragma once
 #include "device/launch.cuh"
 #include "device/operand.cuh"
@@ -29,23 +33,26 @@ struct Bf16Traits {
       kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kKMn ? Major::kK : Major::kMn;
   static constexpr Major kColsMajor =
       kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kMnK ? Major::kK : Major::kMn;
+  // A line of an MN-major operand is one k, so that a tile can be cut off behind any of them.
+  static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn;
 
   // Rows of an MN-major operand in one box: a line of at most 128 bytes.
   static constexpr int kRowsAtom = kRows < 64 ? kRows : 64, kColsAtom = kCols < 64 ? kCols : 64;
 
-  // Shared-memory map: stages of rows and cols | full | empty | tile queue
+  // Shared-memory map: stages of rows and cols | full | empty | cut | tile queue
   static constexpr int kRowsBytes = 2 * kK * kRows, kColsBytes = 2 * kK * kCols;
   static constexpr int kStageBytes = kRowsBytes + kColsBytes;
   static constexpr int kStages =
-      (kSmemLimit - kQueueBytes) / (kStageBytes + 16) / kSlices * kSlices;
+      (kSmemLimit - kQueueBytes - 16) / (kStageBytes + 16) / kSlices * kSlices;
   static constexpr int kFullAt = kStages * kStageBytes;
   static constexpr int kEmptyAt = kFullAt + 8 * kStages;
-  static constexpr int kQueueAt = kEmptyAt + 8 * kStages;
+  static constexpr int kCutAt = kEmptyAt + 8 * kStages;
+  static constexpr int kQueueAt = kCutAt + 16;
   static constexpr int kSmemBytes = kQueueAt + kQueueBytes;
 
   // Registers a thread; the sum over the CTA's three groups of four warps is 504. What the sums
   // need not the producer may have.
-  static constexpr int kMathRegisters = MT * NT >= 16 ? 232 : 208;
+  static constexpr int kMathRegisters = MT * NT < 32 ? 208 : kAnyK ? 224 : 232;
   static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
 
   // A slice's sums go through the stage it used last, so many 16-row fragments a round.
@@ -71,6 +78,7 @@ struct Bf16Ring {
   __device__ uint32_t cols() const { return rows() + T::kRowsBytes; }
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  __device__ uint32_t cut() const { return base + T::kCutAt; }
   // To the slice's next stage; kStages is a multiple of kSlices.
   __device__ __forceinline__ void next_of_slice() {
     at.stage += T::kSlices;
@@ -80,59 +88,117 @@ struct Bf16Ring {
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of one K-block.
+// One operand's tile of the K-block that begins at k.
 template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int block, int row, int group) {
+                                             int k, int row, int group) {
   if constexpr (kMajor == Major::kK) {
-    tma_load_3d(dst, map, full, block * 2 * kBlockK, row, group);
+    tma_load_3d(dst, map, full, 2 * k, row, group);
   } else {
 #pragma unroll
     for (int first = 0; first < kRows; first += kAtom) {
-      tma_load_3d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), block * kBlockK, group);
+      tma_load_3d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, group);
     }
   }
 }
 
+// Zeros in place of the lines from `valid` on, in an MN-major tile. By a whole warp.
+template <int kBlockK, int kRows, int kAtom>
+__device__ __forceinline__ void cut_lines(uint32_t tile, int valid) {
+  constexpr int kLineBytes = 2 * kAtom, kAtomBytes = kLineBytes * kBlockK;
+#pragma unroll 1
+  for (uint32_t atom = tile; atom < tile + kRows / kAtom * kAtomBytes; atom += kAtomBytes) {
+#pragma unroll 1
+    for (int at = valid * kLineBytes + 16 * lane_id(); at < kAtomBytes; at += 16 * kWarpSize) {
+      sts128(atom + at, make_int4(0, 0, 0, 0));
+    }
+  }
+}
+
+// Whether tiles are in k rather than K-blocks.
+template <class T>
+__device__ __forceinline__ bool is_in_k(const GemmParams& p) {
+  return T::kAnyK && p.schedule == Schedule::kSpans;
+}
+
+template <class T>
+__device__ __forceinline__ int k_blocks_of(const GemmParams& p, const Tile& tile) {
+  const int units = tile.k_end - tile.k_begin;
+  return is_in_k<T>(p) ? (units + T::kBlockK - 1) / T::kBlockK : units;
+}
+
+// One thread copies. Where groups divide K at any k, its whole warp takes part: what the last
+// K-block of a group has of the next group is overwritten with zeros before the math warps see it.
 template <class T>
 __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, TileQueue<T> queue) {
+  const bool copies = !T::kAnyK || lane_id() == 0;
+  uint32_t cut_parity = 0;
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+    const bool in_k = is_in_k<T>(p);
     // Where the product is summed over the groups too, their K-blocks follow one another.
-    int group = tile.group + tile.k_begin / p.matrix_blocks;
-    int block = tile.k_begin % p.matrix_blocks;
+    int group = in_k ? tile.group : tile.group + tile.k_begin / p.matrix_blocks;
+    int k = in_k ? tile.k_begin : tile.k_begin % p.matrix_blocks * T::kBlockK;
 #pragma unroll 1
-    for (int left = tile.k_end - tile.k_begin; left > 0; --left) {
+    for (int left = k_blocks_of<T>(p, tile); left > 0; --left) {
+      const bool cut = in_k && k + T::kBlockK > tile.k_end;
+      const uint32_t full = cut ? ring.cut() : ring.full();
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
-      mbarrier_expect_tx(ring.full(), T::kStageBytes);
-      load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
-          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? group : 0);
-      load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
-          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? group : 0);
-      if (++block == p.matrix_blocks) block = 0, ++group;
+      if (copies) {
+        mbarrier_expect_tx(full, T::kStageBytes);
+        load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
+            ring.rows(), &p.rows, full, k, tile.row, p.rows_grouped ? group : 0);
+        load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
+            ring.cols(), &p.cols, full, k, tile.col, p.cols_grouped ? group : 0);
+      }
+      if constexpr (T::kAnyK) {
+        if (cut) {
+          mbarrier_wait(full, cut_parity);
+          cut_parity ^= 1;
+          cut_lines<T::kBlockK, T::kBlockRows, T::kRowsAtom>(ring.rows(), tile.k_end - k);
+          cut_lines<T::kBlockK, T::kBlockCols, T::kColsAtom>(ring.cols(), tile.k_end - k);
+          release_stage(ring.full());
+        }
+      }
       ring.at.advance();
+      k += T::kBlockK;
+      if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
     }
-    mbarrier_arrive(queue.empty());
+    if (T::kAnyK) __syncwarp();  // all lanes have read the tile
+    if (copies) mbarrier_arrive(queue.empty());
   }
-  pdl_launch_dependents();
+  if (copies) pdl_launch_dependents();
 }
 
 // ---- Consumer -----------------------------------------------------------------------------------
 
+// Which slice of K a warp multiplies, and which part of the tile: its first row and column.
+template <class T>
+struct WarpPlace {
+  int slice, row, col;
+
+  // Computed where it is needed, rather than in registers all the while.
+  static __device__ __forceinline__ WarpPlace now() {
+    const int warp = opaque(threadIdx.x) / kWarpSize, in_slice = warp % T::kSliceWarps;
+    return {warp / T::kSliceWarps, in_slice / T::kWarpsAcross * T::MT * 16,
+            in_slice % T::kWarpsAcross * T::NT * 8};
+  }
+};
+
 // A warp's sums over `blocks` K-blocks of its slice. With slices the last stage is kept.
 template <class T>
 __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
-                                           float (&acc)[T::MT][T::NT][4], int warp_row,
-                                           int warp_col) {
+                                           float (&acc)[T::MT][T::NT][4]) {
   constexpr int kSteps = T::kBlockK / 16, kPairs = T::NT / 2;
   constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
   static_assert(kSteps % 2 == 0, "buffers alternate by parity");
   using Rows = ReaderBf16<T::kRowsMajor, T::kBlockK, T::kRowsAtom>;
   using Cols = ReaderBf16<T::kColsMajor, T::kBlockK, T::kColsAtom>;
-  const Rows rows = Rows::template at<true>(warp_row);
-  const Cols cols = Cols::template at<false>(warp_col);
+  const WarpPlace<T> place = WarpPlace<T>::now();
+  const Rows rows = Rows::template at<true>(place.row);
+  const Cols cols = Cols::template at<false>(place.col);
 
   // While one step of 16 k is multiplied the next one's fragments are loaded, across stages too.
   uint32_t a[2][T::MT][4], b[2][kPairs][4];
@@ -178,6 +244,39 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
   if (T::kSlices == 1) ring.next_of_slice();
 }
 
+template <int MT, int NT>
+__device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
+#pragma unroll
+  for (int f = 0; f < MT * NT * 4; ++f) acc[f / 4 / NT][f / 4 % NT][f % 4] = 0;
+}
+
+// A tile's sums of the chains of MMAs so far, kept by the thread that has them.
+template <class T>
+__device__ __forceinline__ float4* carried_fragment(const GemmParams& p, int fragment) {
+  constexpr int kVectors = T::MT * T::NT * T::kStoreThreads;
+  const uint32_t mine = opaque(blockIdx.x * kVectors + threadIdx.x);  // no earlier than here
+  return reinterpret_cast<float4*>(p.carry) + mine + fragment * T::kStoreThreads;
+}
+
+template <class T>
+__device__ __forceinline__ void put_away(const GemmParams& p, const float (&acc)[T::MT][T::NT][4]) {
+#pragma unroll
+  for (int f = 0; f < T::MT * T::NT; ++f) {
+    const float (&v)[4] = acc[f / T::NT][f % T::NT];
+    *carried_fragment<T>(p, f) = make_float4(v[0], v[1], v[2], v[3]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void add_carried(const GemmParams& p, float (&acc)[T::MT][T::NT][4]) {
+#pragma unroll
+  for (int f = 0; f < T::MT * T::NT; ++f) {
+    float (&v)[4] = acc[f / T::NT][f % T::NT];
+    const float4 before = *carried_fragment<T>(p, f);
+    v[0] += before.x, v[1] += before.y, v[2] += before.z, v[3] += before.w;
+  }
+}
+
 // The slices of a tile: which K-blocks are whose, and the addition of their sums.
 template <class T>
 class Slices {
@@ -185,22 +284,16 @@ class Slices {
   static constexpr int kMask = T::kSlices - 1;
 
   // Begins a tile of `blocks` K-blocks; gives how many are this slice's.
-  __device__ __forceinline__ int begin(int blocks, int slice) {
+  __device__ __forceinline__ int begin(int blocks) {
     first_ = end_, end_ = (end_ + blocks) % T::kStages, blocks_ = blocks;
-    return count(slice);
-  }
-
-  // K-blocks of a slice in this tile.
-  __device__ __forceinline__ int count(int slice) const {
-    const int before = (slice - first_) & kMask;  // blocks ahead of its first
-    return (blocks_ - before + kMask) / T::kSlices;
+    return count(WarpPlace<T>::now().slice);
   }
 
   // Adds all slices' sums into slice 0's. Every math thread must call it. The stage a slice used
   // last is still its own (a slice without blocks has none and adds nothing); it is given back.
-  __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], int slice,
-                                          Bf16Ring<T>& ring) {
+  __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], Bf16Ring<T>& ring) {
     if constexpr (T::kSlices > 1) {
+      const int slice = WarpPlace<T>::now().slice;
       const int thread = threadIdx.x % T::kStoreThreads;
 #pragma unroll
       for (int i0 = 0; i0 < T::MT; i0 += T::kRoundFragments) {
@@ -237,6 +330,10 @@ class Slices {
   }
 
  private:
+  __device__ __forceinline__ int count(int slice) const {
+    const int before = (slice - first_) & kMask;  // blocks ahead of its first
+    return (blocks_ - before + kMask) / T::kSlices;
+  }
   // Where the slice's last stage of this tile is.
   static __device__ __forceinline__ float4* at(uint32_t address) {
     return static_cast<float4*>(__cvta_shared_to_generic(address));
@@ -247,37 +344,6 @@ class Slices {
   }
 
   int first_ = 0, end_ = 0, blocks_ = 0;  // stages of this tile's first block and of the next's
-};
-
-// Sums over long K, in FP32 outside of the tensor cores: those cut off what each addition leaves
-// below the sum's last bit, always towards zero, so that the error grows with K. A thread meets its
-// own values alone.
-template <class T>
-class KeptSums {
- public:
-  __device__ explicit KeptSums(const GemmParams& p)
-      : at_(reinterpret_cast<float4*>(p.kept) +
-            static_cast<int64_t>(blockIdx.x) * T::MT * T::NT * kMathThreads + threadIdx.x) {}
-
-  // acc += what is kept, if anything; and, with `keep`, the other way round.
-  __device__ __forceinline__ void add(float (&acc)[T::MT][T::NT][4], bool any, bool keep) const {
-#pragma unroll
-    for (int f = 0; f < T::MT * T::NT; ++f) {
-      float (&v)[4] = acc[f / T::NT][f % T::NT];
-      float4* const kept = at_ + f * kMathThreads;
-      if (any) {
-        const float4 before = *kept;
-        v[0] += before.x, v[1] += before.y, v[2] += before.z, v[3] += before.w;
-      }
-      if (keep) {
-        *kept = make_float4(v[0], v[1], v[2], v[3]);
-        v[0] = v[1] = v[2] = v[3] = 0;
-      }
-    }
-  }
-
- private:
-  float4* at_;
 };
 
 template <class T>
@@ -292,6 +358,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     mbarrier_init_fence();
   } else if (threadIdx.x == kMathThreads) {
     queue.init_barriers();
+    mbarrier_init(ring.cut(), 1);
     mbarrier_init_fence();
     if (p.k_blocks > 0) {  // else there are no maps
       tma_prefetch_map(&p.rows);
@@ -305,43 +372,38 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   if (warp >= kMathWarps) {
     shrink_registers<T::kProducerRegisters>();
     if (warp == kMathWarps) schedule<T>(p, queue);
-    if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
+    if (warp == kMathWarps + 1 && (T::kAnyK || lane_id() == 0)) produce<T>(p, ring, queue);
     if (p.schedule == Schedule::kSplit) grid_barrier();
     return;
   }
 
   grow_registers<T::kMathRegisters>();
-  const int slice = warp / T::kSliceWarps, in_slice = warp % T::kSliceWarps;
-  const int warp_row = in_slice / T::kWarpsAcross * T::MT * 16;
-  const int warp_col = in_slice % T::kWarpsAcross * T::NT * 8;
-  ring.at.stage = slice;
+  ring.at.stage = WarpPlace<T>::now().slice;
   Slices<T> slices;
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    int blocks = slices.begin(tile.k_end - tile.k_begin, slice);
-#pragma unroll 1
-    for (;;) {
-      accumulate<T>(min(blocks, p.keep_blocks), ring, acc, warp_row, warp_col);
-      const bool any = blocks<slices.count(slice), more = blocks> p.keep_blocks;
-      if (any || more) KeptSums<T>(p).add(acc, any, more);
-      if (!more) break;
-      blocks -= p.keep_blocks;
-      if constexpr (T::kSlices > 1) {  // the stage that accumulate() has kept
-        release_stage(ring.empty());
-        ring.next_of_slice();
-      }
+    for (int done = 0;; done += p.chain_blocks) {
+      const int blocks = min(k_blocks_of<T>(p, tile) - done, p.chain_blocks);
+      accumulate<T>(slices.begin(blocks), ring, acc);
+      slices.combine(acc, ring);
+      const bool has_sums = WarpPlace<T>::now().slice == 0;
+      if (done > 0 && has_sums) add_carried<T>(p, acc);
+      tile = queue.read();  // again, rather than in registers all the while
+      if (k_blocks_of<T>(p, tile) - done <= p.chain_blocks) break;
+      if (has_sums) put_away<T>(p, acc);
+      clear(acc);
     }
-    slices.combine(acc, slice, ring);
-    tile = queue.read();  // again, rather than in registers all the while
-    if (slice == 0) store_tile<T>(p, tile, acc, warp_row, warp_col);
+    const WarpPlace<T> at = WarpPlace<T>::now();
+    if (at.slice == 0) store_tile<T>(p, tile, acc, at.row, at.col);
     release_stage(queue.empty());
   }
   if (p.schedule == Schedule::kSplit) {
     grid_barrier();
-    if (slice == 0) reduce_partials<T>(p, warp_row, warp_col);
+    const WarpPlace<T> at = WarpPlace<T>::now();
+    if (at.slice == 0) reduce_partials<T>(p, at.row, at.col);
   }
 }
 

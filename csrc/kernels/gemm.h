@@ -45,12 +45,14 @@ struct ScaleGran {
 };
 
 // How the work is cut into tiles, see kernels/tile_scheduler.cuh. From kBlocks on it is read at run
-// time which groups have what.
+// time which groups have what. kSpans is for kernels that can begin at any k (kAnyK of their
+// Traits).
 enum class Schedule : int32_t {
   kTiles,     // one product, whole tiles
   kSplit,     // one product or a batch, contiguous ranges of K-blocks, one a CTA, then a reduction
   kBatch,     // a product a group, all of the same size, whole tiles
   kBlocks,    // grouped K: index[G] is where each group's K-blocks end
+  kSpans,     // grouped K: index[G] is each group's K, any number
   kSegments,  // grouped tokens: index[M] is the expert of each row, in segments of `alignment` rows
   kEnds,      // grouped tokens: index[G] is where each group ends, starts are aligned
   kCounts,    // grouped tokens, a matrix a group: index[G] is the number of its valid rows
@@ -61,7 +63,7 @@ enum class Schedule : int32_t {
 struct GemmGroups {
   const int32_t* index;  // as `Schedule` says
   int32_t count;         // G
-  int32_t tokens;        // rows of the token matrix, or of each one
+  int32_t tokens;        // rows of the token matrix, or of each one; kSpans: K of all groups
   int32_t alignment;     // kSegments, kEnds: rows a group's start is a multiple of
   int32_t step;          // tokens of a tile: the tile's extent, or the alignment if less
 };
@@ -73,14 +75,15 @@ struct GemmParams {
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
-  float* workspace;  // kSplit: [2 * grid, block_rows * block_cols] partial sums
-  float* kept;       // BF16: [grid, block_rows * block_cols * slices], sums so far, see keep_blocks
+  float* workspace;            // kSplit: [2 * grid, block_rows * block_cols] partial sums
   int32_t num_rows, num_cols;  // of one matrix
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
   int32_t matrix_blocks;  // BF16: k_blocks of one matrix, at least 1; k_blocks is those of all
                           // where the product is summed over the groups as well
-  int32_t keep_blocks;    // BF16: a slice's most K-blocks without adding what it has to `kept`
+  int32_t chain_blocks;   // BF16: K-blocks that a chain of MMAs adds up; longer sums go through
+                          // carry
+  float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
   uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
   bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
@@ -91,7 +94,7 @@ struct GemmParams {
 struct Tile {
   int32_t row, col;          // of the product: where the tile begins, in elements
   int32_t row_end, col_end;  // where the rows and columns to be stored end
-  int32_t k_begin, k_end;    // K-blocks
+  int32_t k_begin, k_end;    // K-blocks; kSpans: k
   int32_t group;             // matrix of grouped operands and of D; negative: there is no tile
   int32_t partial;           // workspace slot of the CTA (0, 1) if it holds part of K, else -1
 };

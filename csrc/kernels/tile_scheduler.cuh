@@ -2,6 +2,7 @@
 // to the math warps through shared memory.
 #pragma once
 #include "kernels/group_scan.cuh"
+#include "kernels/k_spans.cuh"
 
 namespace sm120 {
 
@@ -14,7 +15,8 @@ inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1};
 template <class T>
 class TileScheduler {
  public:
-  __device__ explicit TileScheduler(const GemmParams& p) : p_(p), scan_(p), next_(blockIdx.x) {
+  __device__ explicit TileScheduler(const GemmParams& p)
+      : p_(p), scan_(p), spans_(p.groups), next_(blockIdx.x) {
     if (p.schedule == Schedule::kSplit) {
       next_ = range_begin(p, blockIdx.x);
       end_ = range_begin(p, blockIdx.x + 1);
@@ -77,13 +79,16 @@ class TileScheduler {
     return tile;
   }
 
-  // Every group has a whole product: kBatch with all of K, kBlocks over its own range of K-blocks.
+  // Every group has a whole product: kBatch with all of K, kBlocks and kSpans over its own part.
   __device__ __forceinline__ Tile next_of_groups() {
     Tile tile = whole_tile(p_, next_);
     if (tile.group >= p_.groups.count) return kNoTile;
     if (p_.schedule == Schedule::kBlocks) {
       tile.k_begin = tile.group > 0 ? p_.groups.index[tile.group - 1] : 0;
       tile.k_end = p_.groups.index[tile.group];
+    }
+    if constexpr (T::kAnyK) {
+      if (p_.schedule == Schedule::kSpans) spans_.find(tile.group, tile.k_begin, tile.k_end);
     }
     next_ += gridDim.x;
     return tile;
@@ -106,6 +111,7 @@ class TileScheduler {
 
   const GemmParams& p_;
   GroupScan scan_;
+  KSpans spans_;
   int next_, end_ = 0;
 };
 

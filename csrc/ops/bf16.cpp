@@ -58,15 +58,7 @@ void run(const Tensor& a, const Tensor& b, const Problem& p, const std::optional
                  static_cast<long long>(p.m), static_cast<long long>(p.n),
                  static_cast<long long>(p.k), config.to_string().c_str());
   }
-  const DeviceGuard guard(device);
-  const Bf16Problem problem{p.a, p.b, p.k, d, Schedule::kTiles, {}};
-  std::optional<Tensor> workspace;
-  if (const int64_t bytes = bf16_workspace_bytes(config, problem); bytes > 0) {
-    workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
-  }
-  SM120_OPS_CUDA_CHECK(
-      kOp, launch_bf16_gemm(config, problem, workspace ? workspace->data_ptr() : nullptr,
-                            current_stream(device)));
+  run_bf16_gemm(kOp, config, {p.a, p.b, p.k, d, Schedule::kTiles, {}}, device);
 }
 
 void bf16_gemm_out(Tensor a, Tensor b, std::optional<Tensor> c, Tensor out) {

@@ -37,4 +37,16 @@ Bf16Operand check_bf16_operand(const char* op, const char* arg, const Tensor& t,
   return x;
 }
 
+void run_bf16_gemm(const char* op, const Bf16Config& config, const Bf16Problem& problem,
+                   int32_t device) {
+  const DeviceGuard guard(device);
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = bf16_workspace_bytes(config, problem); bytes > 0) {
+    workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
+  }
+  SM120_OPS_CUDA_CHECK(
+      op, launch_bf16_gemm(config, problem, workspace ? workspace->data_ptr() : nullptr,
+                           current_stream(device)));
+}
+
 }  // namespace sm120

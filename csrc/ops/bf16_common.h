@@ -11,4 +11,8 @@ namespace sm120 {
 Bf16Operand check_bf16_operand(const char* op, const char* arg, const Tensor& t, bool grouped,
                                int32_t device);
 
+// Allocates the workspace and launches, on the current stream.
+void run_bf16_gemm(const char* op, const Bf16Config& config, const Bf16Problem& problem,
+                   int32_t device);
+
 }  // namespace sm120

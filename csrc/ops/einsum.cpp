@@ -1,6 +1,5 @@
 // CUDA entry points of the einsum family, products of batches of matrices: check -> choose config
 // -> launch. The schemas and the meaning of every argument are in sm120_ops/ops/einsum.py.
-#include "host/bf16_launch.h"
 #include "ops/bf16_common.h"
 #include "ops/gemm_common.h"
 
@@ -89,15 +88,6 @@ int check_forced(const char* op, const Forced& forced, int tiles, const Shape& s
   return static_cast<int>(forced.tile);
 }
 
-std::optional<Tensor> new_workspace(int64_t bytes, int32_t device) {
-  if (bytes == 0) return std::nullopt;
-  return empty_cuda({bytes / 4}, ScalarType::Float, device);
-}
-
-void* address(const std::optional<Tensor>& t) {
-  return t ? t->data_ptr() : nullptr;
-}
-
 // ---- FP8 and FP4 --------------------------------------------------------------------------------
 
 struct Inputs {
@@ -147,8 +137,12 @@ void run_scaled(const Inputs& in, Scaled& x, const std::optional<Tensor>& c, con
   p.schedule = e.batch > 1 ? Schedule::kBatch : Schedule::kTiles;
   p.groups.count = count_of(e.batch);
   const DeviceGuard guard(device);
-  const std::optional<Tensor> workspace = new_workspace(gemm_workspace_bytes(config), device);
-  SM120_OPS_CUDA_CHECK(kScaled, launch_gemm(config, p, address(workspace), current_stream(device)));
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = gemm_workspace_bytes(config); bytes > 0) {
+    workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
+  }
+  SM120_OPS_CUDA_CHECK(kScaled, launch_gemm(config, p, workspace ? workspace->data_ptr() : nullptr,
+                                            current_stream(device)));
 }
 
 void batched_gemm_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, int64_t gran_k_a,
@@ -231,9 +225,7 @@ void run_bf16(const Tensor& a, const Tensor& b, Bf16& x, const std::optional<Ten
   report(op, config, shape);
   p.schedule = shape.batch > 1 ? Schedule::kBatch : Schedule::kTiles;
   p.groups.count = count_of(shape.batch);
-  const DeviceGuard guard(device);
-  const std::optional<Tensor> workspace = new_workspace(bf16_workspace_bytes(config, p), device);
-  SM120_OPS_CUDA_CHECK(op, launch_bf16_gemm(config, p, address(workspace), current_stream(device)));
+  run_bf16_gemm(op, config, p, device);
 }
 
 Tensor run_new(const char* op, const Tensor& a, const Tensor& b, ScalarType out_dtype,

@@ -1,25 +1,14 @@
-// CUDA entry points of the m-grouped family: check -> choose config -> launch. The three layouts
-// differ in what their index tensor says (see Schedule in kernels/gemm.h).
-#include "ops/gemm_common.h"
+// CUDA entry points of the m-grouped family: check -> choose config -> launch.
+#include "ops/grouped_common.h"
 
 #include <cstdio>
 
 namespace sm120 {
 namespace {
 
-struct Layout {
-  const char* op;
-  const char* index;  // name of the index tensor
-  Schedule schedule;
-};
-
-constexpr Layout kContiguous{"grouped_gemm", "m_indices", Schedule::kSegments};
-constexpr Layout kPsum{"grouped_gemm_psum", "group_ends", Schedule::kEnds};
-constexpr Layout kMasked{"grouped_gemm_masked", "masked_m", Schedule::kCounts};
-
-bool is_masked(const Layout& layout) {
-  return layout.schedule == Schedule::kCounts;
-}
+constexpr GroupedLayout kContiguous{"grouped_gemm", "m_indices", Schedule::kSegments};
+constexpr GroupedLayout kPsum{"grouped_gemm_psum", "group_ends", Schedule::kEnds};
+constexpr GroupedLayout kMasked{"grouped_gemm_masked", "masked_m", Schedule::kCounts};
 
 struct Inputs {
   Tensor a, sfa, b, sfb, index;
@@ -32,93 +21,35 @@ struct Forced {
   bool swapped;
 };
 
-// What the host can say about the groups. Where the caller does not, a group is expected to have
-// the rows that are left when all groups have as much padding as they can, as in a buffer of
-// worst-case size; or, if more, what its alignment suggests: 128 is for prompts, less is for
-// decoding.
-GroupedShape expected_shape(const Layout& layout, const GemmShape& whole, int64_t groups,
-                            int64_t alignment, int64_t expected_m) {
-  GroupedShape s{whole, groups, 0, groups, whole.m, whole.m};
-  int64_t rows = expected_m;
-  if (is_masked(layout)) {
-    s.total_rows = groups * whole.m;
-    if (rows == 0) rows = ceil_div(whole.m, 4);
-  } else {
-    if (rows == 0) {
-      const int64_t usual = alignment >= 128 ? 32 : alignment / 8;
-      rows = std::max((whole.m - groups * (alignment - 1)) / groups, usual);
-    }
-    s.groups = std::min(groups, ceil_div(whole.m, std::max(rows, alignment)));
-  }
-  if (layout.schedule == Schedule::kSegments) {
-    s.step = alignment;
-    s.most_groups = ceil_div(whole.m, alignment);
-    s.most_rows = alignment;
-  }
-  s.one.m = std::clamp<int64_t>(rows, 1, whole.m);
-  return s;
-}
-
-GemmProblem check_inputs(const Layout& layout, const Inputs& in) {
+GemmProblem check_inputs(const GroupedLayout& layout, const Inputs& in) {
   const char* op = layout.op;
   const int32_t device = device_of(in.a, in.sfa, in.b, in.sfb, in.index);
   GemmProblem p{};
   int64_t k_b = 0;
-  p.a = check_operand(op, {"a", "sfa", "gran_k_a"}, in.a, in.sfa, in.gran_k_a, is_masked(layout),
+  p.a = check_operand(op, {"a", "sfa", "gran_k_a"}, in.a, in.sfa, in.gran_k_a, layout.masked(),
                       device, p.k);
   p.b = check_operand(op, {"b", "sfb", "gran_k_b"}, in.b, in.sfb, in.gran_k_b, true, device, k_b);
   if (k_b != p.k) fail(op, "b", cat("the K of a (", p.k, ")"), cat("K = ", k_b));
-  if (is_masked(layout) && p.a.groups != p.b.groups) {
+  if (layout.masked() && p.a.groups != p.b.groups) {
     fail(op, "a", cat(p.b.groups, " groups as in b"), cat(Shape{in.a}));
   }
-  const int64_t a = in.alignment;
-  check(a == 16 || a == 32 || a == 64 || a == 128, op, "alignment", "16, 32, 64 or 128", a);
-  check(in.expected_m >= 0, op, "expected_m", "a row count, or 0 for unknown", in.expected_m);
-  check_on_device(op, layout.index, in.index, device);
-  check(in.index.scalar_type() == ScalarType::Int, op, layout.index, "dtype torch.int32",
-        Dtype(in.index));
-  const int64_t count = layout.schedule == Schedule::kSegments ? p.a.rows : p.b.groups;
-  if (in.index.dim() != 1 || in.index.size(0) != count) {
-    fail(op, layout.index, cat("shape [", count, "]"), cat(Shape{in.index}));
-  }
-  check(count <= 1 || in.index.stride(0) == 1, op, layout.index, "a contiguous tensor",
-        Strides{in.index});
   p.schedule = layout.schedule;
-  p.groups.index = static_cast<const int32_t*>(in.index.data_ptr());
-  p.groups.count = static_cast<int32_t>(p.b.groups);
-  p.groups.tokens = static_cast<int32_t>(p.a.rows);
-  p.groups.alignment = static_cast<int32_t>(in.alignment);
+  p.groups =
+      check_groups(layout, {in.index, in.alignment, in.expected_m}, p.a.rows, p.b.groups, device);
   return p;
 }
 
-std::vector<int64_t> output_shape(const Layout& layout, const GemmProblem& p) {
-  if (is_masked(layout)) return {p.a.groups, p.a.rows, p.b.rows};
-  return {p.a.rows, p.b.rows};
-}
-
-void run(const Layout& layout, const Inputs& in, GemmProblem& p, const Tensor& out,
+void run(const GroupedLayout& layout, const Inputs& in, GemmProblem& p, const Tensor& out,
          const Forced* forced = nullptr) {
   const char* op = layout.op;
   const int32_t device = in.a.get_device_index();
   const GpuModel model = gpu_model(op, device);
-  const int64_t rows = p.a.rows, columns = p.b.rows, masked = is_masked(layout);
-  check_matrix(op, "out", out, output_shape(layout, p), device);
-  if (out.numel() > 0) {
-    const int64_t stride = rows > 1 ? out.stride(masked) : columns;
-    check(stride >= columns, op, "out", "rows that do not overlap", Strides{out});
-    check(!masked || p.a.groups == 1 || out.stride(0) >= (rows - 1) * stride + columns, op, "out",
-          "groups that do not overlap", Strides{out});
-    p.out.d_stride = stride;
-    p.out.d_group_stride = masked && p.a.groups > 1 ? out.stride(0) : 0;
-  }
+  const int64_t rows = p.a.rows, columns = p.b.rows;
+  p.out = check_grouped_output(layout, out, p.a.groups, rows, columns, device);
   check_apart_from(
       op, out,
       {{"a", in.a}, {"sfa", in.sfa}, {"b", in.b}, {"sfb", in.sfb}, {layout.index, in.index}});
   if (out.numel() == 0 || p.groups.count == 0) return;
-  p.out.d = out.data_ptr();
-  p.out.fp32 = out.scalar_type() == ScalarType::Float;
-  p.out.vector =
-      is_aligned(p.out.d, 16) && p.out.d_stride % 8 == 0 && p.out.d_group_stride % 8 == 0;
 
   const GemmShape whole{rows, columns, p.k, p.a.format, p.b.format, p.a.gran_k, p.b.gran_k};
   const GroupedShape shape =
@@ -144,23 +75,15 @@ void run(const Layout& layout, const Inputs& in, GemmProblem& p, const Tensor& o
   SM120_OPS_CUDA_CHECK(op, launch_gemm(config, p, nullptr, current_stream(device)));
 }
 
-void run_out(const Layout& layout, const Inputs& in, const Tensor& out) {
+void run_out(const GroupedLayout& layout, const Inputs& in, const Tensor& out) {
   GemmProblem p = check_inputs(layout, in);
   run(layout, in, p, out);
 }
 
-Tensor run_new(const Layout& layout, const Inputs& in, ScalarType dtype) {
+Tensor run_new(const GroupedLayout& layout, const Inputs& in, ScalarType dtype) {
   GemmProblem p = check_inputs(layout, in);
-  check(is_out_dtype(dtype), layout.op, "out_dtype", "torch.bfloat16 or torch.float32",
-        Dtype(dtype));
-  const int32_t device = in.a.get_device_index();
-  Tensor out = empty_cuda(output_shape(layout, p), dtype, device);
-  if (out.numel() > 0) {  // rows of no group are 0
-    const DeviceGuard guard(device);
-    SM120_OPS_CUDA_CHECK(layout.op,
-                         cudaMemsetAsync(out.data_ptr(), 0, out.numel() * out.element_size(),
-                                         current_stream(device)));
-  }
+  const Tensor out =
+      empty_grouped_output(layout, p.a.groups, p.a.rows, p.b.rows, dtype, in.a.get_device_index());
   run(layout, in, p, out);
   return out;
 }
@@ -190,9 +113,6 @@ void grouped_gemm_psum_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor gr
   run_out(kPsum, {a, sfa, b, sfb, group_ends, gran_k_a, gran_k_b, alignment, expected_m}, out);
 }
 
-// Groups of the masked layout start where they like; any alignment will do.
-constexpr int64_t kNoAlignment = 128;
-
 Tensor grouped_gemm_masked(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor masked_m,
                            int64_t gran_k_a, int64_t gran_k_b, ScalarType out_dtype,
                            int64_t expected_m) {
@@ -205,17 +125,14 @@ void grouped_gemm_masked_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor 
   run_out(kMasked, {a, sfa, b, sfb, masked_m, gran_k_a, gran_k_b, kNoAlignment, expected_m}, out);
 }
 
-const Layout& layout_of(const char* op, const std::string& name) {
-  for (const Layout* layout : {&kContiguous, &kPsum, &kMasked}) {
-    if (name == layout->op) return *layout;
-  }
-  fail(op, "op", "grouped_gemm, grouped_gemm_psum or grouped_gemm_masked", name);
+const GroupedLayout& layout_of(const char* op, const std::string& name) {
+  return find_layout(op, {&kContiguous, &kPsum, &kMasked}, name);
 }
 
 void grouped_forced(std::string op, Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor index,
                     int64_t gran_k_a, int64_t gran_k_b, int64_t alignment, Tensor out, int64_t tile,
                     bool swapped) {
-  const Layout& layout = layout_of("_grouped_forced", op);
+  const GroupedLayout& layout = layout_of("_grouped_forced", op);
   const Inputs in{a, sfa, b, sfb, index, gran_k_a, gran_k_b, alignment, 0};
   GemmProblem p = check_inputs(layout, in);
   const Forced forced{tile, swapped};

@@ -4,7 +4,7 @@
 
 #include <cstdio>
 
-#include "ops/gemm_common.h"
+#include "ops/grouped_common.h"
 
 namespace sm120 {
 namespace {
@@ -125,45 +125,11 @@ Problem check_inputs(const Inputs& in) {
   return p;
 }
 
-// Elements between rows and between matrices of D or C.
-struct MatrixStrides {
-  int64_t row, group;
-};
-
-MatrixStrides matrix_strides(const Tensor& t) {
-  const int64_t rows = t.size(1), columns = t.size(2);
-  const int64_t row = rows > 1 ? t.stride(1) : columns;
-  return {row, t.size(0) > 1 ? t.stride(0) : 0};
-}
-
 GemmOutput check_outputs(const Inputs& in, const Problem& p, const Tensor& out) {
   const int32_t device = in.a.get_device_index();
-  const std::array<int64_t, 3> shape{p.groups, p.m, p.n};
-  check_matrix(kOp, "out", out, shape, device);
+  const GemmOutput d = check_group_outputs(kOp, out, in.c, p.groups, p.m, p.n, device);
   check_apart_from(kOp, out,
                    {{"a", in.a}, {"sfa", in.sfa}, {"b", in.b}, {"sfb", in.sfb}, {"ks", in.ks}});
-  if (in.c) {
-    check_matrix(kOp, "c", *in.c, shape, device);
-    check(in.c->scalar_type() == out.scalar_type(), kOp, "c", "the dtype of out", Dtype(*in.c));
-  }
-  GemmOutput d{};
-  if (out.numel() == 0) return d;
-  const MatrixStrides to = matrix_strides(out);
-  check(to.row >= p.n, kOp, "out", "rows that do not overlap", Strides{out});
-  check(p.groups == 1 || to.group >= (p.m - 1) * to.row + p.n, kOp, "out",
-        "groups that do not overlap", Strides{out});
-  d.d = out.data_ptr();
-  d.d_stride = to.row, d.d_group_stride = to.group;
-  d.fp32 = out.scalar_type() == ScalarType::Float;
-  d.vector = is_aligned(d.d, 16) && d.d_stride % 8 == 0 && d.d_group_stride % 8 == 0;
-  if (in.c) {
-    const MatrixStrides from = matrix_strides(*in.c);
-    d.c = in.c->data_ptr();
-    d.c_stride = from.row, d.c_group_stride = from.group;
-    const bool same = d.c == d.d && from.row == to.row && from.group == to.group;
-    check(same || !byte_range(out).overlaps(byte_range(*in.c)), kOp, "c",
-          "out itself or memory apart from it", "a shifted overlap");
-  }
   return d;
 }
 

@@ -5,6 +5,8 @@ Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load
 
 from . import (
     bf16,
+    bf16_grouped,
+    bf16_k_grouped,
     einsum,
     gemm,
     grouped,
@@ -21,6 +23,8 @@ from . import (
 
 __all__ = [
     "bf16",
+    "bf16_grouped",
+    "bf16_k_grouped",
     "einsum",
     "gemm",
     "grouped",

@@ -39,7 +39,7 @@ _lib.define(
 
 
 def check_operand(op: str, arg: str, x: torch.Tensor, rank: int = 2) -> None:
-    """bfloat16 [rows, K] with lines of 16 bytes in either direction; rank 3: groups of such."""
+    """bfloat16 [rows, K] with lines of 16 bytes in either direction; rank 3: [groups, rows, K]."""
     _check.require_tensor(op, arg, x, rank=rank)
     _check.require_dtype(op, arg, x, (torch.bfloat16,))
 

@@ -1,49 +1,46 @@
 """m-grouped block-scaled GEMM, the expert products of a MoE layer: D = A @ B[expert].T, row by row.
 
-A has the tokens sorted by expert, B [G, N, K] one weight matrix an expert. Three layouts say which
-rows belong to which expert:
+A has the tokens sorted by expert, B [G, N, K] one weight matrix an expert. Which rows belong to
+which expert is said in one of three layouts (group_layouts.py):
 
-    grouped_gemm          A [M, K], m_indices int32 [M]: the expert of each row, -1 for padding.
-                          Rows come in segments of `alignment`; the valid rows of a segment stand
-                          at its head and share one expert.
-    grouped_gemm_psum     A [M, K], group_ends int32 [G]: group g has the rows from the end of the
-                          group before it, rounded up to `alignment`, to group_ends[g].
-    grouped_gemm_masked   A [G, Mmax, K], masked_m int32 [G]: of group g the first masked_m[g] rows.
-
-All index tensors are read on the device at run time, so a captured CUDA graph may be replayed with
-others. Rows of no group are never read into a result and never written. Index tensors that break
-their layout cannot cause an access out of bounds: see _segment_runs(), _psum_runs() and
-_masked_runs(), which define what is computed then, and require_layout(), which names the first bad
-row.
+    grouped_gemm          contiguous: A [M, K], m_indices int32 [M]
+    grouped_gemm_psum     psum: A [M, K], group_ends int32 [G]
+    grouped_gemm_masked   masked: A [G, Mmax, K], masked_m int32 [G]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from .. import _check
 from .gemm import OUT_DTYPES, Operand, check_operand, check_same_k, prepare
+from .group_layouts import (
+    CONTIGUOUS,
+    LAYOUTS,
+    MASKED,
+    PSUM,
+    check_grouped_out,
+    check_index,
+    check_options,
+    check_same_groups,
+    require_layout,
+    runs,
+)
 from .groups import check_group_scales, prepare_groups
-from .layout import TAGS, align, ceil_div, check_packed_scales
+from .layout import TAGS, ceil_div, check_packed_scales
 from .quantize import GRANS_K, decode, logical_k, scale_values
-
-ALIGNMENTS = (16, 32, 64, 128)
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Of each op: the name of its index tensor, and its options with their defaults.
-OPS = {
-    "grouped_gemm": ("m_indices", {"alignment": 128, "expected_m": 0}),
-    "grouped_gemm_psum": ("group_ends", {"alignment": 128, "expected_m": 0}),
-    "grouped_gemm_masked": ("masked_m", {"expected_m": 0}),
-}
+# The layout of each op.
+OPS = {"grouped_gemm": CONTIGUOUS, "grouped_gemm_psum": PSUM, "grouped_gemm_masked": MASKED}
 
 _lib = torch.library.Library("sm120", "FRAGMENT")
-for _op, (_index, _options) in OPS.items():
+for _op, _kind in OPS.items():
+    _index, _options = LAYOUTS[_kind]
     _inputs = (
         f"Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor {_index}, int gran_k_a, int gran_k_b"
     )
@@ -67,15 +64,6 @@ _lib.define(
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def _check_index(op: str, arg: str, index: torch.Tensor, count: int) -> None:
-    _check.require_tensor(op, arg, index, rank=1)
-    _check.require_dtype(op, arg, index, (torch.int32,))
-    if index.shape[0] != count:
-        _check.fail(op, arg, f"shape [{count}]", index.shape)
-    if index.stride(0) != 1 and count > 1:
-        _check.fail(op, arg, "a contiguous tensor", f"strides {list(index.stride())}")
-
-
 def _check_grouped(
     op: str,
     inputs: Inputs,
@@ -88,115 +76,25 @@ def _check_grouped(
     _check.require_choice(op, "gran_k_a", gran_k_a, GRANS_K)
     _check.require_choice(op, "gran_k_b", gran_k_b, GRANS_K)
     _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
-    _check.require_choice(op, "alignment", options.get("alignment", 128), ALIGNMENTS)
-    expected_m = options.get("expected_m", 0)
-    _check.require(expected_m >= 0, op, "expected_m", "a row count, or 0 for unknown", expected_m)
-    masked = op == "grouped_gemm_masked"
-    check_operand(op, "a", a, 3 if masked else 2)
+    check_options(op, options)
+    kind = OPS[op]
+    check_operand(op, "a", a, 3 if kind == MASKED else 2)
     check_operand(op, "b", b, 3)
     k = check_same_k(op, a, b)
     groups, n = b.shape[0], b.shape[1]
-    if masked:
-        if a.shape[0] != groups:
-            _check.fail(op, "a", f"{groups} groups as in b", f"shape {list(a.shape)}")
+    if kind == MASKED:
+        check_same_groups(op, a, groups)
         check_group_scales(op, "sfa", sfa, groups, a.shape[1], ceil_div(k, gran_k_a))
     else:
         check_packed_scales(op, "sfa", sfa, a.shape[0], ceil_div(k, gran_k_a))
     check_group_scales(op, "sfb", sfb, groups, n, ceil_div(k, gran_k_b))
-    name = OPS[op][0]
-    _check_index(op, name, index, a.shape[0] if op == "grouped_gemm" else groups)
-    _check.require_same_device(op, "a", a=a, sfa=sfa, b=b, sfb=sfb, **{name: index})
+    check_index(op, kind, index, a.shape[0], groups)
+    _check.require_same_device(op, "a", **_named(op, inputs))
     return (*a.shape[:-1], n)
 
 
-def _check_grouped_out(op: str, out: torch.Tensor, shape: tuple[int, ...], inputs: Inputs) -> None:
-    _check.require_tensor(op, "out", out, rank=len(shape))
-    if any(got != wanted for got, wanted in zip(out.shape, shape, strict=True)):
-        _check.fail(op, "out", f"shape {list(shape)}", out.shape)
-    strides = f"strides {list(out.stride())}"
-    if out.stride(-1) != 1 and shape[-1] > 1:
-        _check.fail(op, "out", "contiguous rows (last stride 1)", strides)
-    if out.stride(-2) < shape[-1] and shape[-2] > 1:
-        _check.fail(op, "out", f"a row stride >= {shape[-1]}", strides)
-    if len(shape) == 3 and shape[0] > 1 and shape[1] > 0:
-        group = (shape[1] - 1) * out.stride(1) + shape[2]
-        if out.stride(0) < group:
-            _check.fail(op, "out", f"a group stride >= {group}", strides)
-    _check.require_same_device(op, "a", a=inputs[0], out=out)
-    names = ("a", "sfa", "b", "sfb", OPS[op][0])
-    _check.require_no_overlap(op, "out", out, **dict(zip(names, inputs, strict=True)))
-
-
-# ---- Which rows are computed ---------------------------------------------------------------------
-
-Run = tuple[int, int, int]  # expert, first row, end; of A's matrix `expert` if that has groups
-
-
-def _segment_runs(m_indices: torch.Tensor, groups: int, alignment: int) -> Iterator[Run]:
-    """Of each segment the leading rows that share its first row's index, if that is an expert.
-
-    In a segment that breaks the layout the kernel may compute other rows too, each with the expert
-    its index names; every row is either so computed or left untouched.
-    """
-    indices = m_indices.tolist()
-    for begin in range(0, len(indices), alignment):
-        segment = indices[begin : begin + alignment]
-        expert = segment[0]
-        if 0 <= expert < groups:
-            length = next((i for i, e in enumerate(segment) if e != expert), len(segment))
-            yield expert, begin, begin + length
-
-
-def _psum_runs(group_ends: torch.Tensor, rows: int, alignment: int) -> Iterator[Run]:
-    """Ends are clamped to 0 .. rows, and a group starts behind the end of all groups before it."""
-    start = 0
-    for group, end in enumerate(group_ends.tolist()):
-        end = min(max(end, 0), rows)
-        if end > start:
-            yield group, start, end
-        start = max(start, align(end, alignment))
-
-
-def _masked_runs(masked_m: torch.Tensor, rows: int) -> Iterator[Run]:
-    """Counts are clamped to 0 .. rows."""
-    for group, count in enumerate(masked_m.tolist()):
-        if count > 0:
-            yield group, 0, min(count, rows)
-
-
-def require_layout(
-    op: str, arg: str, index: torch.Tensor, groups: int, rows: int, alignment: int
-) -> None:
-    """Reads the device (one sync); ValueError that names the first bad row or group."""
-    if index.is_cuda and torch.cuda.is_current_stream_capturing():
-        got = "a stream that is capturing a CUDA graph (the check would sync)"
-        _check.fail(op, "validate", "False under graph capture", got)
-    if index.shape[0] == 0:
-        return
-    if op == "grouped_gemm":
-        padded = functional.pad(index, (0, -index.shape[0] % alignment), value=-1)
-        segments = padded.unflatten(0, (-1, alignment))
-        first = segments[:, :1]
-        after_padding = (segments == -1).cummax(1).values & (segments != -1)
-        bad = (segments < -1) | (segments >= groups) | after_padding
-        bad |= (segments != first) & (segments != -1)
-        what, unit = f"-1 or 0 .. {groups - 1}, and segments of {alignment} rows with one", "row"
-        requirement = f"{what} expert each, padding last"
-        bad = bad.flatten()
-    elif op == "grouped_gemm_psum":
-        before = functional.pad(index[:-1], (1, 0))
-        start = torch.div(before + (alignment - 1), alignment, rounding_mode="floor") * alignment
-        # An empty group may end where the one before it did.
-        bad = ((index < start) & (index != before)) | (index > rows) | (index < 0)
-        requirement = f"ends that do not decrease, 0 .. {rows}, starts aligned to {alignment}"
-        unit = "group"
-    else:
-        bad = (index < 0) | (index > rows)
-        requirement, unit = f"counts 0 .. {rows}", "group"
-    found = bad.nonzero()
-    if found.shape[0] > 0:
-        at = int(found[0])
-        _check.fail(op, arg, requirement, f"{int(index[at])} at {unit} {at}")
+def _named(op: str, inputs: Inputs) -> dict[str, torch.Tensor]:
+    return dict(zip(("a", "sfa", "b", "sfb", LAYOUTS[OPS[op]][0]), inputs, strict=True))
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -218,14 +116,9 @@ def _grouped_into(
             scale, gran_k, logical_k(data), torch.float64
         )
 
-    if op == "grouped_gemm":
-        runs = _segment_runs(index, b.shape[0], options["alignment"])
-    elif op == "grouped_gemm_psum":
-        runs = _psum_runs(index, a.shape[0], options["alignment"])
-    else:
-        runs = _masked_runs(index, a.shape[1])
     last, weight = -1, a.new_empty(0, dtype=torch.float64)
-    for expert, begin, end in runs:
+    alignment = options.get("alignment", 1)
+    for expert, begin, end in runs(OPS[op], index, b.shape[0], a.shape[-2], alignment):
         if expert != last:
             last, weight = expert, values(b[expert], sfb[expert], gran_k_b).t()
         tokens, scale, target = (t[expert] if a.dim() == 3 else t for t in (a, sfa, out))
@@ -251,7 +144,7 @@ def _register(op: str, defaults: dict[str, int]) -> None:
         _check.require_tensor(op, "out", out)
         _check.require_dtype(op, "out", out, OUT_DTYPES)
         shape = _check_grouped(op, args[:5], args[5:7], out.dtype, options(args[7:]))
-        _check_grouped_out(op, out, shape, args[:5])
+        check_grouped_out(op, out, shape, _named(op, args[:5]))
 
     def cpu(*args: Any) -> torch.Tensor:
         out = fake(*args).zero_()
@@ -268,8 +161,8 @@ def _register(op: str, defaults: dict[str, int]) -> None:
     _lib.impl(f"{op}.out", cpu_out, "CPU")
 
 
-for _op, (_index, _options) in OPS.items():
-    _register(_op, _options)
+for _op, _kind in OPS.items():
+    _register(_op, LAYOUTS[_kind][1])
 
 
 # ---- Wrappers ------------------------------------------------------------------------------------
@@ -288,7 +181,7 @@ def _run(
     validate: bool,
     validate_scales: bool,
 ) -> torch.Tensor:
-    if op == "grouped_gemm_masked":
+    if OPS[op] == MASKED:
         a_data, sfa, gran_k_a = prepare_groups(op, "a", a, gran_k_a, validate_scales)
     else:
         a_data, sfa, gran_k_a = prepare(op, "a", a, False, gran_k_a, validate_scales)
@@ -303,11 +196,10 @@ def _run(
     if not torch.compiler.is_compiling():
         shape = _check_grouped(op, inputs, (gran_k_a, gran_k_b), dtype, options)
         if out is not None:
-            _check_grouped_out(op, out, shape, inputs)
+            check_grouped_out(op, out, shape, _named(op, inputs))
         if validate and _check.has_address(index):
             alignment = options.get("alignment", 1)
-            rows = a_data.shape[-2]
-            require_layout(op, OPS[op][0], index, b_data.shape[0], rows, alignment)
+            require_layout(op, OPS[op], index, b_data.shape[0], a_data.shape[-2], alignment)
     packet = getattr(torch.ops.sm120, op)
     if out is None:
         result: torch.Tensor = packet.default(*inputs, gran_k_a, gran_k_b, dtype, *options.values())

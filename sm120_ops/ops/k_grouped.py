@@ -25,6 +25,13 @@ import torch
 
 from .. import _check
 from .gemm import OUT_DTYPES, Operand
+from .group_layouts import (
+    check_c_apart,
+    check_group_c,
+    check_grouped_out,
+    check_sizes,
+    refuse_under_capture,
+)
 from .layout import (
     BYTE_SCALE_DTYPES,
     E8M0_NAN,
@@ -115,54 +122,26 @@ def _check_k_grouped(
         step = _step(a, b)
         if total_a % step != 0:
             _check.fail(OP, "a", f"a sum of k that is a multiple of {step}", total_a)
-    _check.require_tensor(OP, "ks", ks, rank=1)
-    _check.require_dtype(OP, "ks", ks, (torch.int32,))
-    if ks.stride(0) != 1 and ks.shape[0] > 1:
-        _check.fail(OP, "ks", "a contiguous tensor", f"strides {list(ks.stride())}")
+    check_sizes(OP, "ks", ks)
     _check.require_same_device(OP, "a", a=a, sfa=sfa, b=b, sfb=sfb, ks=ks, c=c)
     shape = (ks.shape[0], m, n)
     if c is not None:
-        _check.require_tensor(OP, "c", c, rank=3)
-        _check.require_dtype(OP, "c", c, (out_dtype,))
-        _check_matrices("c", c, shape)
+        check_group_c(OP, c, shape, out_dtype)
     return shape
-
-
-def _check_matrices(arg: str, t: torch.Tensor, shape: tuple[int, int, int]) -> None:
-    if any(got != wanted for got, wanted in zip(t.shape, shape, strict=True)):
-        _check.fail(OP, arg, f"shape {list(shape)}", t.shape)
-    if t.stride(2) != 1 and shape[2] > 1:
-        _check.fail(OP, arg, "contiguous rows (last stride 1)", f"strides {list(t.stride())}")
 
 
 def _check_k_grouped_out(
     out: torch.Tensor, shape: tuple[int, int, int], inputs: Inputs, c: torch.Tensor | None
 ) -> None:
-    _check.require_tensor(OP, "out", out, rank=3)
-    _check_matrices("out", out, shape)
-    strides = f"strides {list(out.stride())}"
-    if out.stride(1) < shape[2] and shape[1] > 1:
-        _check.fail(OP, "out", f"a row stride >= {shape[2]}", strides)
-    if shape[0] > 1 and shape[1] > 0:
-        group = (shape[1] - 1) * out.stride(1) + shape[2]
-        if out.stride(0) < group:
-            _check.fail(OP, "out", f"a group stride >= {group}", strides)
-    _check.require_same_device(OP, "a", a=inputs[0], out=out)
-    if _check.has_address(out):
-        names = ("a", "sfa", "b", "sfb", "ks")
-        _check.require_no_overlap(OP, "out", out, **dict(zip(names, inputs, strict=True)))
-        # Each element of C is read by the thread that writes it, so the same place is fine.
-        in_place = c is not None and c.data_ptr() == out.data_ptr() and c.stride() == out.stride()
-        if c is not None and not in_place:
-            _check.require_no_overlap(OP, "out", out, c=c)
+    names = ("a", "sfa", "b", "sfb", "ks")
+    check_grouped_out(OP, out, shape, dict(zip(names, inputs, strict=True)))
+    check_c_apart(OP, out, c)
 
 
 def _require_sizes(inputs: Inputs, grans: Grans) -> None:
     """Reads the device (one sync); ValueError that names the first bad group."""
     a, sfa, b, sfb, ks = inputs
-    if ks.is_cuda and torch.cuda.is_current_stream_capturing():
-        got = "a stream that is capturing a CUDA graph (the check would sync)"
-        _check.fail(OP, "validate", "False under graph capture", got)
+    refuse_under_capture(OP, ks)
     step, total = _step(a, b), _total_k(a, sfa)
     used, scale_rows = 0, [0, 0]
     for group, k in enumerate(ks.tolist()):

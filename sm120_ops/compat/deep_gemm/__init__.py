@@ -20,6 +20,11 @@ from .bf16 import (
     bf16_gemm_nt,
     bf16_gemm_tn,
     bf16_gemm_tt,
+    bf16_m_grouped_gemm_nt_masked,
+    k_grouped_bf16_gemm_tn_contiguous,
+    m_grouped_bf16_gemm_nn_contiguous,
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nt_masked,
 )
 from .einsum import (
     einsum,
@@ -54,7 +59,6 @@ from .grouped import (
 )
 from .hyperconnection import tf32_hc_prenorm_gemm
 from .k_grouped import (
-    k_grouped_bf16_gemm_tn_contiguous,
     k_grouped_fp8_gemm_nt_contiguous,
     k_grouped_fp8_gemm_tn_contiguous,
 )
@@ -117,6 +121,7 @@ __all__ = [
     "bf16_gemm_nt",
     "bf16_gemm_tn",
     "bf16_gemm_tt",
+    "bf16_m_grouped_gemm_nt_masked",
     "cast_back_from_fp4",
     "cast_back_from_fp8",
     "ceil_div",
@@ -162,6 +167,9 @@ __all__ = [
     "k_grouped_bf16_gemm_tn_contiguous",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_masked",
     "m_grouped_fp4_gemm_nt_contiguous",
     "m_grouped_fp4_gemm_nt_masked",
     "m_grouped_fp8_fp4_gemm_nn_contiguous",

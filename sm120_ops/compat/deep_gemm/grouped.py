@@ -69,7 +69,7 @@ def _converted(
     return a_data, sfa, b_data, sfb
 
 
-def _clear_padding(d: torch.Tensor, layout: torch.Tensor, psum: bool, alignment: int) -> None:
+def clear_padding(d: torch.Tensor, layout: torch.Tensor, psum: bool, alignment: int) -> None:
     """Zeroes the rows of `d` that belong to no group."""
     if not psum:
         d.masked_fill_((layout < 0)[:, None], 0)
@@ -106,7 +106,7 @@ def _contiguous(
         alignment = math.gcd(alignment, _MAX_ALIGNMENT)
         _contiguous_out(*inputs, grouped_layout, *grans, alignment, out=d)
     if ensure_zero_padding:
-        _clear_padding(d, grouped_layout, use_psum_layout, alignment)
+        clear_padding(d, grouped_layout, use_psum_layout, alignment)
 
 
 def m_grouped_fp8_fp4_gemm_nt_contiguous(

@@ -17,7 +17,6 @@ from .layout import Recipe, name_of, recipes, required
 from .runtime import skips
 
 _gemm_out = torch.ops.sm120.gemm.out
-_bf16_gemm_out = torch.ops.sm120.bf16_gemm.out
 
 
 def _check_groups(
@@ -122,26 +121,3 @@ def k_grouped_fp8_gemm_tn_contiguous(
     op = "k_grouped_fp8_gemm_tn_contiguous"
     if not skips(f"deep_gemm.{op}"):
         _fp8(op, a, b, d, ks, c, recipe, use_psum_layout, epilogue, flat=False)
-
-
-def k_grouped_bf16_gemm_tn_contiguous(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    d: torch.Tensor,
-    ks: Sequence[int],
-    ks_tensor: torch.Tensor,
-    c: torch.Tensor | None = None,
-    compiled_dims: str = "mn",
-    use_psum_layout: bool = False,
-    epilogue: object = None,
-) -> None:
-    """D[g] = (C[g] +) A_g.T @ B_g of bfloat16 [sum of k_g, M] and [sum of k_g, N], as they lie."""
-    op = "k_grouped_bf16_gemm_tn_contiguous"
-    if skips(f"deep_gemm.{op}"):
-        return
-    reject_extras(op, None, epilogue)
-    _check.require_no_grad(name_of(op), a=a, b=b, c=c)
-    _check_groups(op, ks, d, a.shape[0], use_psum_layout)
-    for g, (start, k, _) in enumerate(_groups(ks, 1)):
-        parts = (x[start : start + k].t() for x in (a, b))
-        _bf16_gemm_out(*parts, None if c is None else c[g], out=d[g])
