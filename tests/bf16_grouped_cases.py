@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bf16_cases import matrix
+from bf16_cases import matrix, sum_error
 from grouped_cases import CONTIGUOUS, MASKED, OPS, PSUM, UNTOUCHED, bits, draw_index, runs_of
 from grouped_cases import Case as Routing
-from reference import assert_gemm_close, sum_error
+from reference import assert_gemm_close
 
 import sm120_ops
 

@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from bf16_cases import check as assert_bf16_close
 from reference import (
     FP4,
     FP8,
-    assert_bf16_close,
     assert_gemm_close,
     ceil_div,
     pack_scale_bytes,

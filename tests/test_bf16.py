@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from bf16_cases import LAYOUTS, OUT_DTYPES, operands
-from reference import assert_bf16_close as check
+from bf16_cases import LAYOUTS, OUT_DTYPES, check, operands
 
 import sm120_ops
 from sm120_ops import bf16_gemm

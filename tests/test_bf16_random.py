@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from bf16_cases import LAYOUTS, matrix
-from reference import assert_bf16_close as check
+from bf16_cases import LAYOUTS, check, matrix
 
 from sm120_ops import bf16_gemm
 

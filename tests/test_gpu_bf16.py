@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bf16_cases import LAYOUTS, OUT_DTYPES, operands
-from reference import assert_bf16_close as check
+from bf16_cases import LAYOUTS, OUT_DTYPES, check, operands
 from reference import calc_diff
 
 from sm120_ops import bf16_gemm

@@ -41,7 +41,6 @@ double clocks_a_step(const Bf16Tile& t, const Sm& sm) {
 int64_t count_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
   return s.batch * ceil_div(swapped ? s.n : s.m, t.rows) * ceil_div(swapped ? s.m : s.n, t.cols);
 }
-
 int64_t k_blocks(const Bf16Tile& t, const Bf16Shape& s) {
   return s.summed * ceil_div(s.k, t.block_k);
 }
@@ -89,7 +88,7 @@ double bytes_of(const Bf16Shape& s) {
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
   const Bf16Tile& tile = kBf16Tiles[index];
   const double tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
-  if (tiles >= (1ll << 31) - (1 << 16)) return false;
+  if (tiles >= kMostTiles) return false;
   if (!split) return true;
   return blocks > 1 && tiles * blocks * (num_sms + 1) < (1ll << 32);
 }

@@ -40,13 +40,9 @@ inline constexpr Bf16Tile kBf16Tiles[] = {
 };
 inline constexpr int kNumBf16Tiles = sizeof(kBf16Tiles) / sizeof(kBf16Tiles[0]);
 
-// K over which the tensor cores sum before the kernel goes on in another sum, where D is fp32: at
-// twice that, cut-off bits make a calc_diff of 1.7e-10 on an H200.
-inline constexpr int kMostSummedK = 8192;
-
 struct Bf16Shape {
   int64_t m, n, k;     // of one matrix
-  int64_t batch = 1;   // products
+  int64_t batch = 1;   // products of this shape; GroupedBf16Shape counts its groups itself
   int64_t summed = 1;  // pairs of matrices that a product is the sum of
 };
 

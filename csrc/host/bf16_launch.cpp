@@ -43,13 +43,13 @@ int64_t partial_tiles(const Bf16Config& config) {
   return config.split ? 2ll * config.grid : 0;
 }
 
-int64_t blocks_of(const Bf16Config& config, const Bf16Problem& problem) {
+int64_t k_blocks(const Bf16Config& config, const Bf16Problem& problem) {
   return problem.summed * ceil_div(problem.k, kBf16Tiles[config.tile].block_k);
 }
 
 // Whether a tile may need more than one chain.
 bool has_carry(const Bf16Config& config, const Bf16Problem& problem) {
-  return blocks_of(config, problem) > chain_blocks(config);
+  return k_blocks(config, problem) > chain_blocks(config);
 }
 
 }  // namespace
@@ -88,7 +88,7 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   p.num_cols = static_cast<int32_t>(cols.rows);
   p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
-  p.k_blocks = static_cast<int32_t>(blocks_of(config, problem));
+  p.k_blocks = static_cast<int32_t>(k_blocks(config, problem));
   p.matrix_blocks = static_cast<int32_t>(std::max<int64_t>(ceil_div(k, tile.block_k), 1));
   if (config.split) {
     const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;

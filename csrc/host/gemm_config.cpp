@@ -91,7 +91,7 @@ double operand_bytes(const GemmShape& s) {  // of one product, and D
 
 bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
   const double tiles = count_tiles(kGemmTiles[index], swapped, s);
-  if (tiles >= (1ll << 31) - (1 << 16)) return false;
+  if (tiles >= kMostTiles) return false;
   if (split) {
     const double blocks = tiles * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;

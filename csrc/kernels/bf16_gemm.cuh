@@ -137,15 +137,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+    const bool in_k = is_in_k<T>(p);
     // Where the product is summed over the groups too, their K-blocks follow one another.
-    int k = tile.k_begin, group = tile.group;
-    if (!is_in_k<T>(p)) {
-      group += k / p.matrix_blocks;
-      k = k % p.matrix_blocks * T::kBlockK;
-    }
+    int group = in_k ? tile.group : tile.group + tile.k_begin / p.matrix_blocks;
+    int k = in_k ? tile.k_begin : tile.k_begin % p.matrix_blocks * T::kBlockK;
 #pragma unroll 1
     for (int left = k_blocks_of<T>(p, tile); left > 0; --left) {
-      const bool cut = is_in_k<T>(p) && k + T::kBlockK > tile.k_end;
+      const bool cut = in_k && k + T::kBlockK > tile.k_end;
       const uint32_t full = cut ? ring.cut() : ring.full();
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       if (copies) {
@@ -166,7 +164,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       }
       ring.at.advance();
       k += T::kBlockK;
-      if (!is_in_k<T>(p) && k == p.matrix_blocks * T::kBlockK) k = 0, ++group;
+      if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
     }
     if (T::kAnyK) __syncwarp();  // all lanes have read the tile
     if (copies) mbarrier_arrive(queue.empty());

@@ -75,14 +75,14 @@ struct GemmParams {
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
-  float* workspace;  // kSplit: [2 * grid, block_rows * block_cols] partial sums
-  float* kept;       // BF16: [grid, block_rows * block_cols * slices], sums so far, see keep_blocks
+  float* workspace;            // kSplit: [2 * grid, block_rows * block_cols] partial sums
   int32_t num_rows, num_cols;  // of one matrix
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
   int32_t matrix_blocks;  // BF16: k_blocks of one matrix, at least 1; k_blocks is those of all
                           // where the product is summed over the groups as well
   int32_t chain_blocks;   // BF16: K-blocks that a chain of MMAs adds up; longer sums go through
+                          // carry
   float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
   uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
   bool rows_grouped, cols_grouped;  // the operand has a matrix for each group

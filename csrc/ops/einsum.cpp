@@ -1,6 +1,5 @@
 // CUDA entry points of the einsum family, products of batches of matrices: check -> choose config
 // -> launch. The schemas and the meaning of every argument are in sm120_ops/ops/einsum.py.
-#include "host/bf16_launch.h"
 #include "ops/bf16_common.h"
 #include "ops/gemm_common.h"
 

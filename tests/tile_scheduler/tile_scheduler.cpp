@@ -31,6 +31,7 @@ namespace {
 
 struct Traits {
   static constexpr int kBlockRows = 64, kBlockCols = 16;
+  static constexpr bool kAnyK = false;
 };
 
 int draw(std::mt19937& random, int low, int high) {
