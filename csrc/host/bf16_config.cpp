@@ -75,6 +75,12 @@ double bytes_of(const Bf16Shape& s) {
   return 2.0 * s.m * s.k + 2.0 * s.n * s.k + 2.0 * s.m * s.n;
 }
 
+// Whether the tile is compiled for it, and sums over so much of K are as exact as is promised.
+bool can_sum(const Bf16Tile& t, const Bf16Shape& s) {
+  return (has_chains(t.cols, t.slices) || s.k <= kLongestChainK * t.slices) &&
+         (has_any_k(t.cols) || !s.any_k);
+}
+
 int64_t row_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
   return ceil_div(swapped ? s.n : s.m, t.rows);
 }
@@ -85,8 +91,9 @@ int64_t col_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
-  if (!split) return true;
   const Bf16Tile& tile = kBf16Tiles[index];
+  if (!can_sum(tile, s)) return false;
+  if (!split) return true;
   const double blocks = static_cast<double>(row_tiles(tile, swapped, s)) *
                         col_tiles(tile, swapped, s) * ceil_div(s.k, tile.block_k);
   return s.k > tile.block_k && blocks * (num_sms + 1) < (1ll << 32);
@@ -122,7 +129,8 @@ Bf16Config choose_bf16_config(const Bf16Shape& s, const GpuModel& gpu) {
 }
 
 bool is_legal_grouped(int index, bool swapped, const GroupedBf16Shape& s) {
-  return most_tiles(kBf16Tiles[index], swapped, s) < kMostTiles;
+  const Bf16Tile& tile = kBf16Tiles[index];
+  return can_sum(tile, s.one) && most_tiles(tile, swapped, s) < kMostTiles;
 }
 
 Bf16Config evaluate_grouped_config(int index, bool swapped, const GroupedBf16Shape& s,
