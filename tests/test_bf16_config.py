@@ -84,6 +84,12 @@ def test_large_products_take_the_large_tile_whole(sms: int) -> None:
     assert not config["split"]
 
 
+@pytest.mark.parametrize("sms", SMS)
+def test_long_sums_take_a_tile_that_cuts_them_into_chains(sms: int) -> None:
+    for m, n in itertools.product(MS, (8, 2112, 7168)):
+        assert tile_of(choose(m, n, 32768, sms)) != (128, 128, 2, 2)
+
+
 def test_few_tiles_with_long_k_are_split() -> None:
     for m, n, k in ((1, 576, 7168), (128, 2112, 7168), (128, 576, 7168)):
         assert choose(m, n, k, 132)["split"]
