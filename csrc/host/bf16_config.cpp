@@ -83,10 +83,17 @@ double bytes_of(const Bf16Shape& s) {
   return 2.0 * s.batch * (s.summed * (s.m + s.n) * s.k + s.m * s.n);
 }
 
+// Whether the tile is compiled for it, and sums over so much of K are as exact as is promised.
+bool can_sum(const Bf16Tile& t, const Bf16Shape& s) {
+  return (has_chains(t.cols, t.slices) || s.summed * s.k <= kLongestChainK * t.slices) &&
+         (has_any_k(t.cols) || !s.any_k);
+}
+
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
   const Bf16Tile& tile = kBf16Tiles[index];
+  if (!can_sum(tile, s)) return false;
   const double tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
   if (tiles >= kMostTiles) return false;
   if (!split) return true;
@@ -122,7 +129,8 @@ Bf16Config choose_bf16_config(const Bf16Shape& s, const GpuModel& gpu) {
 }
 
 bool is_legal_grouped(int index, bool swapped, const GroupedBf16Shape& s) {
-  return most_tiles(kBf16Tiles[index], swapped, s) < kMostTiles;
+  const Bf16Tile& tile = kBf16Tiles[index];
+  return can_sum(tile, s.one) && most_tiles(tile, swapped, s) < kMostTiles;
 }
 
 Bf16Config evaluate_grouped_config(int index, bool swapped, const GroupedBf16Shape& s,

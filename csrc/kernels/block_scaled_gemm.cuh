@@ -29,7 +29,7 @@ struct GemmTraits {
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT, kGemmStepK<kRowsFormat, kColsFormat>>;
   static constexpr Access kColAccess = Mma::kAccessB;
   static constexpr bool kHeadSplit = true;
-  static constexpr bool kAnyK = false;
+  static constexpr bool kAnyK = false, kChains = false;
   static constexpr int kStoreThreads = 32 * kSliceWarps;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty
