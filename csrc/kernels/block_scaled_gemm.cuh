@@ -21,7 +21,7 @@ struct GemmTraits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols;
   static constexpr bool kRowsFp4 = kRowsFormat == Format::kFp4;
   static constexpr bool kColsFp4 = kColsFormat == Format::kFp4;
-  static constexpr int kDeep = kRowsFp4 && kCols <= 32 ? 2 : 1;  // K-blocks a stage
+  static constexpr int kDeep = blocks_a_stage(kRowsFp4, kCols);  // K-blocks a stage
   static constexpr int kSliceWarps = kMathWarps / kDeep;         // that share a K-block
   static constexpr int kDown = kDeep == 1 ? kWarpsDown : kSliceWarps;
   static constexpr int kWarpsAcross = kSliceWarps / kDown;
@@ -210,7 +210,8 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   // Which of a slot's scale words serves a block of this slice.
   const auto word = [&](const ScaleGran& gran, int block) {
     if constexpr (T::kDeep == 1) return 0;
-    return gran.per_block ? block / 4 - (block - slice) / 4 : slice;
+    const int shift = gran.per_block ? 2 : 0;
+    return (block >> shift) - ((block - slice) >> shift);
   };
   const auto next_block = [&](int block, auto more) {
     // Only a tile's last block can be the last of K, which may be partial.
