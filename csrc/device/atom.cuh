@@ -376,9 +376,14 @@ class WarpMma {
     }
   }
 
+  // Beside FP4 rows in a register rather than worked out again in every block; FP8's kernels have
+  // none to spare.
+  static __device__ __forceinline__ uint32_t held(uint32_t v) {
+    return kA == Format::kFp4 ? opaque(v) : v;
+  }
   // Bytes from the scale word of the warp's first row, or column, to that of row g, column 2t.
-  const uint32_t row_scale_ = opaque(4 * (lane_id() / 4));
-  const uint32_t column_scale_ = opaque(4 * fragment_column<kAccessB>(2 * (lane_id() % 4)));
+  const uint32_t row_scale_ = held(4 * (lane_id() / 4));
+  const uint32_t column_scale_ = held(4 * fragment_column<kAccessB>(2 * (lane_id() % 4)));
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];
   float scale_a_[kHalves][MT][2], scale_b_[kHalves][NT][2];
   float partial_[MT][NT][4];

@@ -229,22 +229,24 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       run_block(ScalingMode<kScalePerBlock, kNative>{}, more);
     }
   };
-  const int begin = tile.k_begin + slice;
-  if (begin < tile.k_end) {
-    mbarrier_wait(ring.full(), ring.data.parity);
-    static_for<2>(load_fragment);
-    Mma::convert(fragment[0], a[0]);
-    const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
-    for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
-    next_block(last, std::false_type{});
-  }
-  // The last stage may have nothing for slice 1.
-  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) {
+  const auto skip_stage = [&] {  // the last one, where it has no block for slice 1
     mbarrier_wait(ring.full(), ring.data.parity);
     release_stage(ring.empty());
     ring.data.advance();
     ring.scale.advance();
+  };
+  const int begin = tile.k_begin + slice;
+  if (begin >= tile.k_end) {
+    if (T::kDeep > 1 && tile.k_begin < tile.k_end) skip_stage();
+    return;
   }
+  mbarrier_wait(ring.full(), ring.data.parity);
+  static_for<2>(load_fragment);
+  Mma::convert(fragment[0], a[0]);
+  const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
+  for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
+  next_block(last, std::false_type{});
+  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) skip_stage();
 }
 
 // Adds the sums of slice 1 to those of slice 0. Every math warp must call it.
@@ -300,8 +302,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
 
   grow_registers<232>();
-  const int slice = warp / T::kSliceWarps;
-  const int warp_row = warp % T::kSliceWarps / T::kWarpsAcross * T::MT * 16;
+  const int slice = T::kDeep == 1 ? 0 : warp / T::kSliceWarps;
+  const int warp_row = (warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16;
   const int warp_col = warp % T::kWarpsAcross * T::NT * 8;
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
