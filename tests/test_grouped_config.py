@@ -55,8 +55,6 @@ def test_every_choice_is_legal(op: str, formats: tuple[str, str], sms: int) -> N
         assert config["total_us"] > 0
         if formats[0] != formats[1]:  # the FP4 operand is on the 16-row axis
             assert config["swapped"] == (formats[1] == "mxfp4")
-        if tile == (128, 8, 8):
-            assert formats[0 if config["swapped"] else 1] == "mxfp8"
 
 
 @pytest.mark.parametrize("sms", SMS)

@@ -70,7 +70,7 @@ inline constexpr int kNativeStepK = kA == Format::kFp4 && kB == Format::kFp4 ? 6
 // K of a step of the GEMM. The emulation's are short even for two FP4 operands: it holds a step's
 // converted fragments and scales in registers.
 template <Format kA, Format kB>
-inline constexpr int kGemmStepK = kNative ? kNativeStepK<kA, kB> : 32;
+inline constexpr int kGemmStepK = SM120_OPS_NATIVE ? kNativeStepK<kA, kB> : 32;
 
 #if SM120_OPS_NATIVE
 
@@ -181,8 +181,9 @@ class WarpMma {
   static constexpr Access kAccessA = kHalfSteps ? Access::kPackedFp4 : kAccess<kA, kB>;
   static constexpr Access kAccessB = kHalfSteps ? Access::kPackedFp4 : kAccess<kB, kA>;
   // e2m1 is moved into f16's bits without re-biasing, which divides it by 2^14
-  static constexpr float kUnbias =
-      (kA == Format::kFp4 ? 16384.f : 1.f) * (kB == Format::kFp4 ? 16384.f : 1.f);
+  static constexpr uint32_t kUnbiasBits =
+      (kA == Format::kFp4 ? 14 : 0) + (kB == Format::kFp4 ? 14 : 0);
+  static constexpr float kUnbias = 1u << kUnbiasBits;
   // Converting early hides its latency where there are registers for it.
   template <class Scaling>
   static constexpr bool kConvertAhead = kStepK == 32 && !Scaling::kPerBlock;
@@ -193,8 +194,8 @@ class WarpMma {
   using FragA = uint32_t[kHmmas][4];
 
   __device__ WarpMma(int warp_row, int warp_col)
-      : row_scale_(opaque(4 * (warp_row + lane_id() / 4))),
-        col_scale_(opaque(4 * (warp_col + fragment_column<kAccessB>(2 * (lane_id() % 4))))) {}
+      : row_scale_(held(4 * (warp_row + lane_id() / 4))),
+        col_scale_(held(4 * (warp_col + fragment_column<kAccessB>(2 * (lane_id() % 4))))) {}
 
   // sfa, sfb: of the CTA's tile
   template <ScaleRead kRead>
@@ -242,8 +243,9 @@ class WarpMma {
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
         for (int i = 0; i < MT; ++i) {
-          scale_a_[half][i][e] = exponent<kExact>(sfa_[i][e], byte);
-          if constexpr (!kExact) scale_a_[half][i][e] *= kUnbias;
+          // regular exponents stay below 255, so no carry leaves a byte
+          const uint32_t word = kExact ? sfa_[i][e] : sfa_[i][e] + kUnbiasBits * 0x01010101u;
+          scale_a_[half][i][e] = exponent<kExact>(word, byte);
         }
 #pragma unroll
         for (int j = 0; j < NT; ++j) scale_b_[half][j][e] = exponent<kExact>(sfb_[j][e], byte);
@@ -385,6 +387,11 @@ class WarpMma {
     }
   }
 
+  // Beside FP4 rows in a register rather than worked out again in every block; FP8's kernels have
+  // none to spare.
+  static __device__ __forceinline__ uint32_t held(uint32_t v) {
+    return kA == Format::kFp4 ? opaque(v) : v;
+  }
   // Bytes from the tile's first scale to that of the warp's row g, or column 2t.
   uint32_t row_scale_, col_scale_;
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];

@@ -19,8 +19,8 @@ double element_bytes(OperandFormat f) {
 double peak_flops_a_us(const GemmShape& s, bool native) {  // of one SM, with the 128 x 128 tile
   const bool a4 = s.a == OperandFormat::kMxfp4, b4 = s.b == OperandFormat::kMxfp4;
   if (native) return (a4 && b4 ? 4096.0 : 2048.0) * 2100.0 * 0.8;
-  if (a4 && b4) return 1.37e6;
-  if (a4 != b4) return 1.69e6;
+  if (a4 && b4) return 1.47e6;
+  if (a4 != b4) return 1.73e6;
   return s.gran_k_a == kBlockK && s.gran_k_b == kBlockK ? 2.85e6 : 1.88e6;
 }
 
@@ -33,6 +33,10 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
     const bool fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
     const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
     return (t.warps_down == 2) == (fp8 && (native || !coarse)) ? 1.0 : 0.95;
+  }
+  if (!native && (s.a == OperandFormat::kMxfp4 || s.b == OperandFormat::kMxfp4) && t.cols <= 32) {
+    // FP4 rows, two K-blocks a stage
+    return t.cols == 8 ? 0.35 : t.cols == 32 ? 0.5 : t.rows == 128 ? 0.45 : 0.33;
   }
   if (t.cols == 8) return 0.21;  // by its instructions, beside those of 128 x 16
   if (t.cols == 16) return t.rows == 128 ? 0.33 : 0.24;

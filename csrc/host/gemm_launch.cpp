@@ -44,10 +44,11 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   GemmParams p;
   std::memset(&p, 0, sizeof(p));
   if (k > 0) {
+    const int words = blocks_a_stage(rows.format == OperandFormat::kMxfp4, tile.cols);
     p.rows = data_map(rows, k, tile.rows, instance.rows_box_bytes);
     p.cols = data_map(cols, k, tile.cols, instance.cols_box_bytes);
-    p.rows_scale = scales_map(rows, k, tile.rows, instance.scale_box_words);
-    p.cols_scale = scales_map(cols, k, tile.cols, instance.scale_box_words);
+    p.rows_scale = scales_map(rows, k, tile.rows, words);
+    p.cols_scale = scales_map(cols, k, tile.cols, words);
   }
   p.out = problem.out;
   p.groups = problem.groups;

@@ -21,7 +21,7 @@ struct GemmTraits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols;
   static constexpr bool kRowsFp4 = kRowsFormat == Format::kFp4;
   static constexpr bool kColsFp4 = kColsFormat == Format::kFp4;
-  static constexpr int kDeep = kRowsFp4 && kCols <= 32 ? 2 : 1;  // K-blocks a stage
+  static constexpr int kDeep = blocks_a_stage(kRowsFp4, kCols);  // K-blocks a stage
   static constexpr int kSliceWarps = kMathWarps / kDeep;         // that share a K-block
   static constexpr int kDown = kDeep == 1 ? kWarpsDown : kSliceWarps;
   static constexpr int kWarpsAcross = kSliceWarps / kDown;
@@ -211,7 +211,8 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   // Which of a slot's scale words serves a block of this slice.
   const auto word = [&](const ScaleGran& gran, int block) {
     if constexpr (T::kDeep == 1) return 0;
-    return gran.per_block ? block / 4 - (block - slice) / 4 : slice;
+    const int shift = gran.per_block ? 2 : 0;
+    return (block >> shift) - ((block - slice) >> shift);
   };
   const auto next_block = [&](int block, auto more) {
     // Only a tile's last block can be the last of K, which may be partial.
@@ -229,22 +230,24 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       run_block(ScalingMode<kScalePerBlock, kNative>{}, more);
     }
   };
-  const int begin = tile.k_begin + slice;
-  if (begin < tile.k_end) {
-    mbarrier_wait(ring.full(), ring.data.parity);
-    static_for<2>(load_fragment);
-    Mma::convert(fragment[0], a[0]);
-    const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
-    for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
-    next_block(last, std::false_type{});
-  }
-  // The last stage may have nothing for slice 1.
-  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) {
+  const auto skip_stage = [&] {  // the last one, where it has no block for slice 1
     mbarrier_wait(ring.full(), ring.data.parity);
     release_stage(ring.empty());
     ring.data.advance();
     ring.scale.advance();
+  };
+  const int begin = tile.k_begin + slice;
+  if (begin >= tile.k_end) {
+    if (T::kDeep > 1 && tile.k_begin < tile.k_end) skip_stage();
+    return;
   }
+  mbarrier_wait(ring.full(), ring.data.parity);
+  static_for<2>(load_fragment);
+  Mma::convert(fragment[0], a[0]);
+  const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
+  for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
+  next_block(last, std::false_type{});
+  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) skip_stage();
 }
 
 // Adds the sums of slice 1 to those of slice 0. Every math warp must call it.
@@ -300,9 +303,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
 
   grow_registers<232>();
-  const int slice = warp / T::kSliceWarps;
+  const int slice = T::kDeep == 1 ? 0 : warp / T::kSliceWarps;
   // Once for the main loop and once for the stores.
-  const int warp_row = kept(warp % T::kSliceWarps / T::kWarpsAcross * T::MT * 16);
+  const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);

@@ -28,6 +28,12 @@ struct GemmOutput {
 
 inline constexpr int kBlockK = 128;  // K of the main loop's unit, and of a scale word at gran_k 32
 
+// K-blocks that are copied together. Two for few tokens on FP4 rows, whose time is that of copying
+// the rows: 64 bytes of a row at a time, as in one block, come at half the bytes a second of 128.
+constexpr int blocks_a_stage(bool fp4_rows, int cols) {
+  return fp4_rows && cols <= 32 ? 2 : 1;
+}
+
 // gran_k of one operand, as the kernel uses it: words a K-block, and the byte selectors that pick
 // a block's four scales from its word (see scale_selector in device/atom.cuh).
 struct ScaleGran {
@@ -111,7 +117,6 @@ struct GemmInstance {
   GemmKernel kernel;
   int smem_bytes;
   int rows_box_bytes, cols_box_bytes;  // bytes of an operand's line that a box holds
-  int scale_box_words = 1;             // scale words of a row that a box holds
 };
 
 // By index into kGemmTiles (host/gemm_config.h); named rows_cols.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 import torch
 
 # One BF16 rounding is 2^-8 of the value at most. FP32 sums of at most 4,096 products, in any order,
@@ -35,15 +37,16 @@ def sum_error(
     return worst
 
 
-class SumCase:
+class SumCase(abc.ABC):
     """A case whose one result, "out", is sums of products: what its family's file has to say."""
 
+    @abc.abstractmethod
     def run(self, device: torch.device) -> dict[str, torch.Tensor]:
-        raise TypeError(f"{type(self).__name__} runs nothing")
+        """The result, on the CPU."""
 
+    @abc.abstractmethod
     def formula(self) -> tuple[torch.Tensor, torch.Tensor]:
         """FP64 values of "out", and the sums of magnitudes."""
-        raise TypeError(f"{type(self).__name__} has no formula")
 
     def error(self, got: torch.Tensor, want: torch.Tensor | None = None) -> float:
         """Against the formula or, where given, the CPU reference's result."""

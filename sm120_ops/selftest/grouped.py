@@ -85,10 +85,10 @@ class GroupedCase(SumCase):
         sfb = stacked([scale for _, scale in b], device)
         if self.layout == "masked":
             tokens = torch.stack([data.view(torch.uint8) for data, _ in a]).view(a[0][0].dtype)
-            sfa, shape = stacked([scale for _, scale in a], device), (len(a), self.rows, self.N)
+            sfa = stacked([scale for _, scale in a], device)
         else:
             tokens, sfa = a[0][0], move_scale(a[0][1], device)
-            shape = (self.rows, self.N)
+        shape = (*tokens.shape[:-1], self.N)
         out = torch.full(shape, POISON, dtype=self.out_dtype, device=device)
         inputs = (tokens.to(device), sfa, weights.to(device), sfb, index, *self.grans)
         ops = torch.ops.sm120
@@ -181,7 +181,7 @@ class KGroupedCase(SumCase):
         values = values + torch.zeros(len(self.ks), self.M, self.N, dtype=torch.float64)
         magnitude = values.abs()
         for group, pairs in enumerate(zip(*self.quantised(), strict=True)):
-            left, right = (formulas.dequantize(*pair, self.gran_k) for pair in pairs)
+            left, right = (formulas.dequantize(data, scale, self.gran_k) for data, scale in pairs)
             values[group] += left @ right.T
             magnitude[group] += left.abs() @ right.abs().T
         return values, magnitude

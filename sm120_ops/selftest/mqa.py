@@ -149,9 +149,8 @@ class PagedCase(SumCase):
             for i in range(self.next_n):
                 row, seen = sequence * self.next_n + i, max(length - (self.next_n - 1 - i), 0)
                 sums = row_logits(queries[row], keys[begin : begin + seen], weights[row].double())
-                if self.format == "mxfp8":
-                    sums = tuple(s * k_scale[begin : begin + seen].double() for s in sums)
-                want[row, :seen], magnitude[row, :seen] = sums
+                factor = k_scale[begin : begin + seen].double() if self.format == "mxfp8" else 1
+                want[row, :seen], magnitude[row, :seen] = (s * factor for s in sums)
             begin += length
         return want, magnitude
 

@@ -77,8 +77,8 @@ std::vector<Product> check_operands(int warp_row, int warp_col) {
   typename T::Acc acc[32];
   std::vector<std::array<std::vector<uint32_t>, 32>> a, b;  // [call][lane][value]
   for (int plane = 0; plane < kPlanes; ++plane) {
-    fill_tile<T::kA>(kRowsAt, T::kTileRows, plane);
-    fill_tile<T::kB>(kColsAt, T::kTileCols, plane);
+    fill_tile<T::kA, T::kRowsBytes>(kRowsAt, T::kTileRows, plane, T::first_row_byte());
+    fill_tile<T::kB, T::kColsBytes>(kColsAt, T::kTileCols, plane, T::first_col_byte());
     T::template run<ScalingMode<false, false>>(acc, warp_row, warp_col);
     const size_t count = warp.calls[0].size();
     a.resize(count), b.resize(count);
@@ -260,7 +260,9 @@ void check_tile(const char* name) {
   warp.memory.assign(kMemory, 0xff);
   int mmas = 0;
   for (int w = 0; w < 8; ++w) {
-    const int warp_row = w / T::kAcross * T::MT * 16, warp_col = w % T::kAcross * T::NT * 8;
+    T::slice = w / T::kSliceWarps;
+    const int warp_row = w % T::kSliceWarps / T::kAcross * T::MT * 16;
+    const int warp_col = w % T::kAcross * T::NT * 8;
     fill_scales(kRowsScaleAt, T::kTileRows, false, random);
     fill_scales(kColsScaleAt, T::kTileCols, false, random);
     const std::vector<Product> products = check_operands<T>(warp_row, warp_col);

@@ -86,17 +86,18 @@ inline int tag_k(uint32_t tag) {
   return tag >> 8;
 }
 
-template <Format kFormat>
-void fill_tile(int base, int rows, int plane) {
+// A K-block, from `first_byte` of the tile's rows on.
+template <Format kFormat, int kRowBytes>
+void fill_tile(int base, int rows, int plane, int first_byte) {
   constexpr int kPerByte = kFormat == Format::kFp4 ? 2 : 1;
-  constexpr int kRowBytes = kBlockK / kPerByte;
   for (int row = 0; row < rows; ++row) {
-    for (int column = 0; column < kRowBytes; ++column) {
+    for (int column = 0; column < kBlockK / kPerByte; ++column) {
       uint32_t byte = 0;
       for (int e = 0; e < kPerByte; ++e) {
         byte |= (tag(row, column * kPerByte + e) >> 4 * plane & 15) << 4 * e;
       }
-      warp.memory[base + TileSwizzle<kRowBytes>::apply(row * kRowBytes + column)] = byte;
+      const int at = row * kRowBytes + first_byte + column;
+      warp.memory[base + TileSwizzle<kRowBytes>::apply(at)] = byte;
     }
   }
 }
@@ -118,9 +119,13 @@ inline void fill_scales(int base, int rows, bool per_block, std::mt19937& random
 template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kDown>
 struct WarpTile {
   static constexpr Format kA = kRowsFormat, kB = kColsFormat;
-  static constexpr int kTileRows = kRows, kTileCols = kCols, kAcross = 8 / kDown;
-  static constexpr int MT = kRows / kDown / 16, NT = kCols / kAcross / 8;
-  using Mma = WarpMma<kA, kB, MT, NT>;
+  static constexpr int kTileRows = kRows, kTileCols = kCols;
+  static constexpr int kDeep = blocks_a_stage(kA == Format::kFp4, kCols);
+  static constexpr int kSliceWarps = 8 / kDeep;
+  static constexpr int kWarpsDown = kDeep == 1 ? kDown : kSliceWarps;
+  static constexpr int kAcross = kSliceWarps / kWarpsDown;
+  static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kAcross / 8;
+  using Mma = WarpMma<kA, kB, MT, NT, kGemmStepK<kA, kB>>;
   using Acc = float[MT][NT][4];
   static constexpr bool kMixed = kA != kB;
   static constexpr bool kBothFp4 = kA == Format::kFp4 && kB == Format::kFp4;
@@ -129,18 +134,23 @@ struct WarpTile {
   // The tile row of column c of a B fragment: 0 1 .. 7, or 0 2 4 6 1 3 5 7.
   static int column(int c) { return kMixed ? 2 * (c % 4) + c / 4 : c; }
 
+  // Rows of a tile: FP4's hold all K-blocks of a stage, FP8's one.
+  static constexpr int kRowsBytes = kA == Format::kFp4 ? kDeep * kBlockK / 2 : kBlockK;
+  static constexpr int kColsBytes = kB == Format::kFp4 ? kDeep * kBlockK / 2 : kBlockK;
+  static inline int slice;  // K-block of the stage
+  static int first_row_byte() { return kA == Format::kFp4 ? slice * kBlockK / 2 : 0; }
+  static int first_col_byte() { return kB == Format::kFp4 ? slice * kBlockK / 2 : 0; }
+
   // The loop of the kernel (accumulate() in kernels/block_scaled_gemm.cuh) without its pipeline.
   template <class Scaling>
   static void run(Acc* acc, int warp_row, int warp_col) {
-    constexpr int kRowsBytes = kBlockK / (kA == Format::kFp4 ? 2 : 1);
-    constexpr int kColsBytes = kBlockK / (kB == Format::kFp4 ? 2 : 1);
     const uint32_t selector = scale_selector(ScaleGran(32, kBlockK), 0, false);
     warp.run([&](int lane) {
       for (auto& row : acc[lane]) {
         for (auto& fragment : row) std::fill(fragment, fragment + 4, 0.f);
       }
-      const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row);
-      const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col);
+      const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row, first_row_byte());
+      const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col, first_col_byte());
       Mma mma;
       constexpr ScaleRead kRead = Scaling::kPerBlock ? ScaleRead::kCoarse : ScaleRead::kAny;
       mma.template load_scales<kRead>(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col,

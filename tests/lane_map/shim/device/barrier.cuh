@@ -1,4 +1,4 @@
-// Of device/barrier.cuh the code under test uses lane_id() alone.
+// What the code under test uses of device/barrier.cuh.
 #pragma once
 #include "device/arch.cuh"
 #include "warp.h"
@@ -7,6 +7,9 @@ namespace sm120 {
 
 inline int lane_id() {
   return simulated::warp.lane;
+}
+inline uint32_t opaque(uint32_t v) {
+  return v;
 }
 
 }  // namespace sm120
