@@ -12,6 +12,7 @@ from ._stats import stats
 from ._version import __version__
 from .device import is_supported
 from .ops.bf16 import bf16_gemm, bf16_gemm_nn, bf16_gemm_tn, bf16_gemm_tt
+from .ops.einsum import einsum
 from .ops.gemm import gemm, gemm_nn, gemm_tn, gemm_tt
 from .ops.grouped import grouped_gemm, grouped_gemm_masked, grouped_gemm_psum
 from .ops.hc_prenorm import hc_prenorm
@@ -33,6 +34,7 @@ __all__ = [
     "bf16_gemm_tn",
     "bf16_gemm_tt",
     "dequantize",
+    "einsum",
     "gemm",
     "gemm_nn",
     "gemm_tn",

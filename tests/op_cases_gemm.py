@@ -179,3 +179,39 @@ both(
         "sqr_sum": r.poison(2, t["x"].shape[0], dtype=torch.float32),
     },
 )
+
+
+# ---- einsum --------------------------------------------------------------------------------------
+
+both(
+    "batched_gemm",
+    lambda r, rows: {**expert_inputs(r, rows, EXPERTS), "c": r.floats(rows, EXPERTS, N)},
+    lambda t: (t["a"], t["sfa"], t["b"], t["sfb"], 32, 32),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"], True),
+    outputs=lambda r, t: {"out": r.poison(t["a"].shape[1], EXPERTS, N, dtype=torch.float32)},
+)
+both(
+    "bf16_batched_gemm",
+    lambda r, rows: {
+        "a": r.bf16(rows, EXPERTS, K),
+        "b": r.bf16(EXPERTS, K, N),
+        "c": r.floats(rows, EXPERTS, N),
+    },
+    lambda t: (t["a"].transpose(0, 1), t["b"].transpose(1, 2)),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"], True),
+    outputs=lambda r, t: {"out": r.poison(t["a"].shape[0], EXPERTS, N, dtype=torch.float32)},
+)
+both(
+    "bf16_batch_sum",
+    lambda r, rows: {
+        "a": r.bf16(rows, EXPERTS, K),
+        "b": r.bf16(rows, N, K),
+        "c": r.floats(EXPERTS, N),
+    },
+    lambda t: (t["a"], t["b"]),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"],),
+    outputs=lambda r, t: {"out": r.poison(EXPERTS, N, dtype=torch.float32)},
+)

@@ -177,6 +177,7 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
         "quantize",
         "layout",
         "gemm",
+        "einsum",
         "moe",
     }
     return report

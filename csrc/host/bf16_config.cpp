@@ -37,29 +37,29 @@ double clocks_a_step(const Bf16Tile& t, const Sm& sm) {
   return std::max(mmas * sm.clocks_an_mma, (read + written) / kSharedBytesAClock) / kBusy;
 }
 
-int64_t row_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
-  return ceil_div(swapped ? s.n : s.m, t.rows);
+// Tiles of all products.
+int64_t count_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
+  return s.batch * ceil_div(swapped ? s.n : s.m, t.rows) * ceil_div(swapped ? s.m : s.n, t.cols);
 }
-int64_t col_tiles(const Bf16Tile& t, bool swapped, const Bf16Shape& s) {
-  return ceil_div(swapped ? s.m : s.n, t.cols);
+int64_t k_blocks(const Bf16Tile& t, const Bf16Shape& s) {
+  return s.summed * ceil_div(s.k, t.block_k);
 }
 
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
-  if (!split) return true;
   const Bf16Tile& tile = kBf16Tiles[index];
-  const double blocks = static_cast<double>(row_tiles(tile, swapped, s)) *
-                        col_tiles(tile, swapped, s) * ceil_div(s.k, tile.block_k);
-  return s.k > tile.block_k && blocks * (num_sms + 1) < (1ll << 32);
+  const double tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
+  if (tiles >= (1ll << 31) - (1 << 16)) return false;
+  if (!split) return true;
+  return blocks > 1 && tiles * blocks * (num_sms + 1) < (1ll << 32);
 }
 
 Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16Shape& s,
                                 const GpuModel& gpu) {
   const Bf16Tile& tile = kBf16Tiles[index];
   const Sm& sm = gpu.native ? kNativeSm : kH200Sm;
-  const int64_t tiles = row_tiles(tile, swapped, s) * col_tiles(tile, swapped, s);
-  const int64_t blocks = ceil_div(s.k, tile.block_k);
+  const int64_t tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
   Bf16Config c{index, swapped, split, 0, 0, 0, 0, 0};
   c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
 
@@ -72,7 +72,7 @@ Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16S
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
-  const double bytes = 2.0 * s.m * s.k + 2.0 * s.n * s.k + 2.0 * s.m * s.n;
+  const double bytes = 2.0 * s.batch * (s.summed * (s.m + s.n) * s.k + s.m * s.n);
   // Rows and columns past the edge take room in the ring from those on their way.
   const int64_t rows = swapped ? s.n : s.m, cols = swapped ? s.m : s.n;
   const double useful =

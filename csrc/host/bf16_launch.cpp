@@ -23,12 +23,29 @@ CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k
   return operand_map(x.data, x.groups, x.rows, 2 * k, group_stride, x.stride, tile_rows, box_bytes);
 }
 
+// Floats of partial sums, [2 * grid] tiles.
+int64_t split_floats(const Bf16Config& config) {
+  const Bf16Tile& tile = kBf16Tiles[config.tile];
+  return config.split ? 2ll * config.grid * tile.rows * tile.cols : 0;
+}
+
+// A slice's K-blocks after which it adds its sums to those before; 0 if it has fewer in any case.
+int keep_blocks(const Bf16Config& config, const Bf16Problem& problem) {
+  const Bf16Tile& tile = kBf16Tiles[config.tile];
+  const int most = kMostSummedK / tile.block_k;
+  const int64_t blocks = ceil_div(problem.k, tile.block_k) * problem.summed;
+  return problem.out.fp32 && ceil_div(blocks, tile.slices) > most ? most : 0;
+}
+
 }  // namespace
 
-int64_t bf16_workspace_bytes(const Bf16Config& config) {
-  if (!config.split) return 0;
+int64_t bf16_workspace_bytes(const Bf16Config& config, const Bf16Problem& problem) {
   const Bf16Tile& tile = kBf16Tiles[config.tile];
-  return 2ll * config.grid * tile.rows * tile.cols * 4;
+  int64_t floats = split_floats(config);
+  if (keep_blocks(config, problem) > 0) {
+    floats += static_cast<int64_t>(config.grid) * tile.rows * tile.cols * tile.slices;
+  }
+  return 4 * floats;
 }
 
 cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,
@@ -51,12 +68,23 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
     p.groups.step = std::min(p.groups.step, p.groups.alignment);
   }
   p.workspace = static_cast<float*>(workspace);
+  p.keep_blocks = keep_blocks(config, problem);
+  if (p.keep_blocks > 0) {
+    p.kept = p.workspace + split_floats(config);
+  } else {
+    p.keep_blocks = INT32_MAX;
+  }
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
   p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
-  p.k_blocks = static_cast<int32_t>(ceil_div(k, tile.block_k));
-  if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  const int64_t blocks = ceil_div(k, tile.block_k);
+  p.k_blocks = static_cast<int32_t>(blocks * problem.summed);
+  p.matrix_blocks = static_cast<int32_t>(std::max<int64_t>(blocks, 1));
+  if (config.split) {
+    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+  }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;

@@ -22,12 +22,13 @@ struct Bf16Problem {
   Bf16Operand a, b;
   int64_t k;
   GemmOutput out;
-  Schedule schedule;  // of the groups; a single product has kTiles, whatever the configuration
-  GemmGroups groups;  // without `step`
+  Schedule schedule;   // of the groups; a single product has kTiles, whatever the configuration
+  GemmGroups groups;   // without `step`
+  int64_t summed = 1;  // groups of the operands that one product is summed over
 };
 
-// Bytes of workspace the configuration needs for partial sums (0 unless split).
-int64_t bf16_workspace_bytes(const Bf16Config& config);
+// Bytes of workspace that the product needs for partial sums, of split tiles and of long K.
+int64_t bf16_workspace_bytes(const Bf16Config& config, const Bf16Problem& problem);
 
 // Launches on the stream; workspace as sized above. Returns the launch's error.
 cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,

@@ -78,7 +78,11 @@ void estimate(GemmConfig& c, const GemmShape& s, int64_t tiles, double bytes, do
       std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
 }
 
-double operand_bytes(const GemmShape& s) {
+int64_t count_tiles(const GemmTile& t, bool swapped, const GemmShape& s) {  // of all products
+  return s.batch * ceil_div(swapped ? s.n : s.m, t.rows) * ceil_div(swapped ? s.m : s.n, t.cols);
+}
+
+double operand_bytes(const GemmShape& s) {  // of one product, and D
   return s.m * (s.k * element_bytes(s.a)) + s.n * (s.k * element_bytes(s.b)) + 2.0 * s.m * s.n;
 }
 
@@ -103,10 +107,10 @@ double most_tiles(const GemmTile& tile, bool swapped, const GroupedShape& s) {
 }  // namespace
 
 bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_sms) {
+  const double tiles = count_tiles(kGemmTiles[index], swapped, s);
+  if (tiles >= (1ll << 31) - (1 << 16)) return false;
   if (split) {
-    const GemmTile& tile = kGemmTiles[index];
-    const double blocks = static_cast<double>(ceil_div(swapped ? s.n : s.m, tile.rows)) *
-                          ceil_div(swapped ? s.m : s.n, tile.cols) * ceil_div(s.k, kBlockK);
+    const double blocks = tiles * ceil_div(s.k, kBlockK);
     if (s.k <= kBlockK || blocks * (num_sms + 1) >= (1ll << 32)) return false;
   }
   if (!has_instance(kGemmTiles[index].formats, swapped ? s.b : s.a, swapped ? s.a : s.b)) {
@@ -118,13 +122,12 @@ bool is_legal(int index, bool swapped, bool split, const GemmShape& s, int num_s
 GemmConfig evaluate_gemm_config(int index, bool swapped, bool split, const GemmShape& s,
                                 const GpuModel& gpu) {
   const GemmTile& tile = kGemmTiles[index];
-  const int64_t tiles =
-      ceil_div(swapped ? s.n : s.m, tile.rows) * ceil_div(swapped ? s.m : s.n, tile.cols);
+  const int64_t tiles = count_tiles(tile, swapped, s);
   GemmConfig c{index, swapped, split, 0, 0, 0, 0, 0};
   c.grid = static_cast<int>(
       std::min<int64_t>(gpu.num_sms, split ? tiles * ceil_div(s.k, kBlockK) : tiles));
   const double busy = static_cast<double>(c.grid) / gpu.num_sms;
-  estimate(c, s, tiles, operand_bytes(s), busy, gpu);
+  estimate(c, s, tiles, s.batch * operand_bytes(s), busy, gpu);
   return c;
 }
 

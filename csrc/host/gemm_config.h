@@ -48,6 +48,7 @@ struct GemmShape {
   int64_t m, n, k;
   OperandFormat a, b;
   int gran_k_a, gran_k_b;
+  int64_t batch = 1;  // products of this shape; GroupedShape counts its groups itself
 };
 
 // Grouped tokens: what the choice of a configuration knows of them. The true numbers are on the
@@ -85,8 +86,8 @@ constexpr bool has_instance(TileFormats tile, OperandFormat rows, OperandFormat 
 }
 
 // The tile must be compiled for the formats; FP4 beside FP8 must be the operand of the 16-row axis
-// (device/operand.cuh); only a product with
-// more than one K-block can be split, and only one whose K-blocks the kernel can count in 32 bits.
+// (device/operand.cuh). Only a product with more than one K-block can be split. The kernel counts
+// tiles, and where it splits their K-blocks, in 32 bits.
 bool is_legal(int tile, bool swapped, bool split, const GemmShape& shape, int num_sms);
 
 // A given configuration with its grid and the model's estimate.

@@ -63,7 +63,10 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   p.row_tiles = static_cast<int32_t>(ceil_div(rows.rows, tile.rows));
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
-  if (config.split) p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks;
+  if (config.split) {
+    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+  }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;

@@ -100,14 +100,18 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+    // Where the product is summed over the groups too, their K-blocks follow one another.
+    int group = tile.group + tile.k_begin / p.matrix_blocks;
+    int block = tile.k_begin % p.matrix_blocks;
 #pragma unroll 1
-    for (int block = tile.k_begin; block < tile.k_end; ++block) {
+    for (int left = tile.k_end - tile.k_begin; left > 0; --left) {
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
       load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
-          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? tile.group : 0);
+          ring.rows(), &p.rows, ring.full(), block, tile.row, p.rows_grouped ? group : 0);
       load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
-          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? tile.group : 0);
+          ring.cols(), &p.cols, ring.full(), block, tile.col, p.cols_grouped ? group : 0);
+      if (++block == p.matrix_blocks) block = 0, ++group;
       ring.at.advance();
     }
     mbarrier_arrive(queue.empty());
@@ -186,6 +190,12 @@ class Slices {
     return count(slice);
   }
 
+  // K-blocks of a slice in this tile.
+  __device__ __forceinline__ int count(int slice) const {
+    const int before = (slice - first_) & kMask;  // blocks ahead of its first
+    return (blocks_ - before + kMask) / T::kSlices;
+  }
+
   // Adds all slices' sums into slice 0's. Every math thread must call it. The stage a slice used
   // last is still its own (a slice without blocks has none and adds nothing); it is given back.
   __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], int slice,
@@ -227,10 +237,6 @@ class Slices {
   }
 
  private:
-  __device__ __forceinline__ int count(int slice) const {
-    const int before = (slice - first_) & kMask;  // blocks ahead of its first
-    return (blocks_ - before + kMask) / T::kSlices;
-  }
   // Where the slice's last stage of this tile is.
   static __device__ __forceinline__ float4* at(uint32_t address) {
     return static_cast<float4*>(__cvta_shared_to_generic(address));
@@ -241,6 +247,37 @@ class Slices {
   }
 
   int first_ = 0, end_ = 0, blocks_ = 0;  // stages of this tile's first block and of the next's
+};
+
+// Sums over long K, in FP32 outside of the tensor cores: those cut off what each addition leaves
+// below the sum's last bit, always towards zero, so that the error grows with K. A thread meets its
+// own values alone.
+template <class T>
+class KeptSums {
+ public:
+  __device__ explicit KeptSums(const GemmParams& p)
+      : at_(reinterpret_cast<float4*>(p.kept) +
+            static_cast<int64_t>(blockIdx.x) * T::MT * T::NT * kMathThreads + threadIdx.x) {}
+
+  // acc += what is kept, if anything; and, with `keep`, the other way round.
+  __device__ __forceinline__ void add(float (&acc)[T::MT][T::NT][4], bool any, bool keep) const {
+#pragma unroll
+    for (int f = 0; f < T::MT * T::NT; ++f) {
+      float (&v)[4] = acc[f / T::NT][f % T::NT];
+      float4* const kept = at_ + f * kMathThreads;
+      if (any) {
+        const float4 before = *kept;
+        v[0] += before.x, v[1] += before.y, v[2] += before.z, v[3] += before.w;
+      }
+      if (keep) {
+        *kept = make_float4(v[0], v[1], v[2], v[3]);
+        v[0] = v[1] = v[2] = v[3] = 0;
+      }
+    }
+  }
+
+ private:
+  float4* at_;
 };
 
 template <class T>
@@ -284,7 +321,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    accumulate<T>(slices.begin(tile.k_end - tile.k_begin, slice), ring, acc, warp_row, warp_col);
+    int blocks = slices.begin(tile.k_end - tile.k_begin, slice);
+#pragma unroll 1
+    for (;;) {
+      accumulate<T>(min(blocks, p.keep_blocks), ring, acc, warp_row, warp_col);
+      const bool any = blocks<slices.count(slice), more = blocks> p.keep_blocks;
+      if (any || more) KeptSums<T>(p).add(acc, any, more);
+      if (!more) break;
+      blocks -= p.keep_blocks;
+      if constexpr (T::kSlices > 1) {  // the stage that accumulate() has kept
+        release_stage(ring.empty());
+        ring.next_of_slice();
+      }
+    }
     slices.combine(acc, slice, ring);
     tile = queue.read();  // again, rather than in registers all the while
     if (slice == 0) store_tile<T>(p, tile, acc, warp_row, warp_col);

@@ -48,7 +48,7 @@ struct ScaleGran {
 // time which groups have what.
 enum class Schedule : int32_t {
   kTiles,     // one product, whole tiles
-  kSplit,     // one product, contiguous ranges of K-blocks, one a CTA, then a reduction
+  kSplit,     // one product or a batch, contiguous ranges of K-blocks, one a CTA, then a reduction
   kBatch,     // a product a group, all of the same size, whole tiles
   kBlocks,    // grouped K: index[G] is where each group's K-blocks end
   kSegments,  // grouped tokens: index[M] is the expert of each row, in segments of `alignment` rows
@@ -73,11 +73,15 @@ struct GemmParams {
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
-  float* workspace;            // kSplit: [2 * grid, block_rows * block_cols] partial sums
+  float* workspace;  // kSplit: [2 * grid, block_rows * block_cols] partial sums
+  float* kept;       // BF16: [grid, block_rows * block_cols * slices], sums so far, see keep_blocks
   int32_t num_rows, num_cols;  // of one matrix
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
-  uint32_t total_blocks;            // kSplit: row_tiles * col_tiles * k_blocks
+  int32_t matrix_blocks;  // BF16: k_blocks of one matrix, at least 1; k_blocks is those of all
+                          // where the product is summed over the groups as well
+  int32_t keep_blocks;    // BF16: a slice's most K-blocks without adding what it has to `kept`
+  uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
   bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
   Schedule schedule;

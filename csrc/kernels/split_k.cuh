@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const Tile& tile
 // result does not depend on timing) and stored.
 template <class T>
 __device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_row, int warp_col) {
-  const int slices = p.row_tiles * p.col_tiles * T::MT;
+  const int slices = p.total_blocks / p.k_blocks * T::MT;
   for (int slice = blockIdx.x; slice < slices; slice += gridDim.x) {
     const int index = slice / T::MT, i = slice % T::MT;
     const int first = TileScheduler<T>::owner(p, index * p.k_blocks);

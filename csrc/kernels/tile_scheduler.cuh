@@ -7,9 +7,10 @@ namespace sm120 {
 
 inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1};
 
-// One product: whole tiles round-robin over a persistent grid; or, for few tiles with long K
-// (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges, so that
-// a tile may be shared by neighbouring CTAs. Groups: round-robin over the tiles that have work.
+// One product or a batch: whole tiles round-robin over a persistent grid; or, for few tiles with
+// long K (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges,
+// so that a tile may be shared by neighbouring CTAs. Groups: round-robin over the tiles that have
+// work.
 template <class T>
 class TileScheduler {
  public:
@@ -27,14 +28,15 @@ class TileScheduler {
     return p_.schedule == Schedule::kSplit ? next_range() : next_whole();
   }
 
-  // Tile of a product, with all of K.
+  // A tile with all of K; `index` counts those of one product after the other.
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
+    const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    place(index, p.row_tiles, p.col_tiles, tile.row, tile.col);
+    tile.group = index / tiles, tile.partial = -1;
+    place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
     tile.k_begin = 0, tile.k_end = p.k_blocks;
-    tile.group = 0, tile.partial = -1;
     return tile;
   }
 
@@ -77,14 +79,12 @@ class TileScheduler {
 
   // Every group has a whole product: kBatch with all of K, kBlocks over its own range of K-blocks.
   __device__ __forceinline__ Tile next_of_groups() {
-    const int tiles = p_.row_tiles * p_.col_tiles, group = next_ / tiles;
-    if (group >= p_.groups.count) return kNoTile;
-    Tile tile = whole_tile(p_, next_ - group * tiles);
+    Tile tile = whole_tile(p_, next_);
+    if (tile.group >= p_.groups.count) return kNoTile;
     if (p_.schedule == Schedule::kBlocks) {
-      tile.k_begin = group > 0 ? p_.groups.index[group - 1] : 0;
-      tile.k_end = p_.groups.index[group];
+      tile.k_begin = tile.group > 0 ? p_.groups.index[tile.group - 1] : 0;
+      tile.k_end = p_.groups.index[tile.group];
     }
-    tile.group = group;
     next_ += gridDim.x;
     return tile;
   }

@@ -1,6 +1,6 @@
 // CUDA entry points of the bf16 family: check -> choose config -> launch. The schemas and the
 // meaning of every argument are in sm120_ops/ops/bf16.py.
-#include "host/bf16_launch.h"
+#include "ops/bf16_common.h"
 #include "ops/gemm_common.h"
 
 #include <cstdio>
@@ -21,35 +21,11 @@ struct Forced {
   bool swapped, split;
 };
 
-// [rows, K] with either stride 1 and lines 16 bytes apart; a single line's stride says nothing.
-Bf16Operand check_operand(const char* arg, const Tensor& t, int32_t device) {
-  check_on_device(kOp, arg, t, device);
-  check(t.scalar_type() == ScalarType::BFloat16, kOp, arg, "dtype torch.bfloat16", Dtype(t));
-  check(t.dim() == 2, kOp, arg, "2 dimensions", Shape{t});
-  check(t.size(0) <= kMaxRows && t.size(1) <= kMaxRows / 2, kOp, arg,
-        "fewer than 2^31 rows and 2^30 columns", Shape{t});
-  const int64_t rows = t.size(0);
-  if (t.numel() == 0) return {nullptr, 16, rows, false};
-  const auto lines = [&](int inner, int outer) {
-    const bool apart = t.stride(outer) % 8 == 0 && t.stride(outer) >= t.size(inner);
-    return (t.stride(inner) == 1 || t.size(inner) == 1) && (t.size(outer) == 1 || apart);
-  };
-  const bool k_major = lines(1, 0);
-  check(k_major || lines(0, 1), kOp, arg,
-        "one stride to be 1 and the other a multiple of 8 (16-byte rows), without overlap",
-        Strides{t});
-  check(is_aligned(t.data_ptr(), 16), kOp, arg, "a 16-byte aligned data pointer", t.data_ptr());
-  const int outer = k_major ? 0 : 1;
-  const int64_t stride =
-      t.size(outer) > 1 ? 2 * t.stride(outer) : align_up(2 * t.size(1 - outer), 16);
-  return {t.data_ptr(), stride, rows, !k_major};
-}
-
 Problem check_problem(const Tensor& a, const Tensor& b) {
   const int32_t device = device_of(a, b);
   Problem p{};
-  p.a = check_operand("a", a, device);
-  p.b = check_operand("b", b, device);
+  p.a = check_bf16_operand(kOp, "a", a, false, device);
+  p.b = check_bf16_operand(kOp, "b", b, false, device);
   p.m = a.size(0), p.n = b.size(0), p.k = a.size(1);
   if (b.size(1) != p.k) fail(kOp, "b", cat("K=", p.k, " as in a"), cat("K=", b.size(1)));
   return p;
@@ -83,11 +59,11 @@ void run(const Tensor& a, const Tensor& b, const Problem& p, const std::optional
                  static_cast<long long>(p.k), config.to_string().c_str());
   }
   const DeviceGuard guard(device);
+  const Bf16Problem problem{p.a, p.b, p.k, d, Schedule::kTiles, {}};
   std::optional<Tensor> workspace;
-  if (const int64_t bytes = bf16_workspace_bytes(config); bytes > 0) {
+  if (const int64_t bytes = bf16_workspace_bytes(config, problem); bytes > 0) {
     workspace = empty_cuda({bytes / 4}, ScalarType::Float, device);
   }
-  const Bf16Problem problem{p.a, p.b, p.k, d, Schedule::kTiles, {}};
   SM120_OPS_CUDA_CHECK(
       kOp, launch_bf16_gemm(config, problem, workspace ? workspace->data_ptr() : nullptr,
                             current_stream(device)));

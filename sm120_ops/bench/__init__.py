@@ -36,6 +36,7 @@ FAMILIES = {
     "mqa": "sm120_ops.bench.mqa",
     "grouped": "sm120_ops.bench.grouped",
     "k_grouped": "sm120_ops.bench.k_grouped",
+    "einsum": "sm120_ops.bench.einsum",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -156,6 +156,7 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         yield TourLine(
             "bf16_gemm", f"{M}x{N}x{K} bf16, {layout}", "FP64 product", error, EXACT_PRODUCT
         )
+    yield from einsum_lines(normal)
     fn = torch.randn(24, K, generator=generator).to(device)
     d, sqr_sum = ops.hc_prenorm(x, fn, eps=1e-6)
     normed = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6)
@@ -173,6 +174,32 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         relative_error(sqr_sum, x.double().square().sum(1)),
         EXACT_PRODUCT,
     )
+
+
+def einsum_lines(normal: Callable[..., torch.Tensor]) -> Iterator[TourLine]:
+    """Heads beside one another in a token's row, as attention has them, and a sum over a batch."""
+    import sm120_ops as ops
+
+    B, H, R, D = 24, 4, 256, 64
+    x, w = normal(B, H, R), normal(H, D, R)
+    product = torch.einsum("bhr,hdr->bhd", x.double(), w.double())
+    shape = f"bhr,hdr->bhd {B}x{H}x{R}, {H}x{D}x{R}"
+    got = ops.einsum("bhr,hdr->bhd", x, w, out_dtype=torch.float32)
+    error = relative_error(got, product)
+    yield TourLine("einsum", f"{shape} bf16", "FP64 product", error, EXACT_PRODUCT)
+    for fmt, allowed in (("mxfp8", FP8_PRODUCT), ("mxfp4", FP4_PRODUCT)):
+        pairs = []
+        for values in (x, w):
+            data, scale = ops.quantize(values.flatten(0, 1), fmt, 32)
+            lead = values.shape[:2]
+            pairs.append((data.unflatten(0, lead), scale.unflatten(0, lead)))
+        got = ops.einsum("bhr,hdr->bhd", *pairs, gran_k_a=32, gran_k_b=32, out_dtype=torch.float32)
+        error = relative_error(got, product)
+        yield TourLine("einsum", f"{shape} {fmt} gran 32", "FP64 product", error, allowed)
+    total = torch.einsum("bmk,bnk->mn", x.double(), x.double())
+    got = ops.einsum("bmk,bnk->mn", x, x, out_dtype=torch.float32)
+    error = relative_error(got, total)
+    yield TourLine("einsum", f"bmk,bnk->mn {B}x{H}x{R} bf16", "FP64 sum", error, EXACT_PRODUCT)
 
 
 @torch.no_grad()

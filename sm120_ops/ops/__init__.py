@@ -5,6 +5,7 @@ Importing this defines `torch.ops.sm120.*` and its CPU kernels; it does not load
 
 from . import (
     bf16,
+    einsum,
     gemm,
     grouped,
     hc_prenorm,
@@ -20,6 +21,7 @@ from . import (
 
 __all__ = [
     "bf16",
+    "einsum",
     "gemm",
     "grouped",
     "hc_prenorm",

@@ -39,9 +39,9 @@ _lib.define(
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def check_operand(op: str, arg: str, x: torch.Tensor) -> None:
-    """bfloat16 [rows, K] with lines of 16 bytes in either direction."""
-    _check.require_tensor(op, arg, x, rank=2)
+def check_operand(op: str, arg: str, x: torch.Tensor, rank: int = 2) -> None:
+    """bfloat16 [rows, K] with lines of 16 bytes in either direction; rank 3: groups of such."""
+    _check.require_tensor(op, arg, x, rank=rank)
     _check.require_dtype(op, arg, x, (torch.bfloat16,))
 
     def lines(inner: int, outer: int) -> bool:
@@ -49,8 +49,11 @@ def check_operand(op: str, arg: str, x: torch.Tensor) -> None:
         apart = x.stride(outer) % 8 == 0 and x.stride(outer) >= x.shape[inner]
         return unit and (apart or x.shape[outer] == 1)
 
-    if not (lines(1, 0) or lines(0, 1)) and x.numel() > 0:
+    if not (lines(-1, -2) or lines(-2, -1)) and x.numel() > 0:
         requirement = "one stride to be 1 and the other a multiple of 8 (16-byte rows), no overlap"
+        _check.fail(op, arg, requirement, f"strides {list(x.stride())}")
+    if rank == 3 and x.stride(0) % 8 != 0 and x.shape[0] > 1 and x.numel() > 0:
+        requirement = "a group stride that is a multiple of 8 (16 bytes)"
         _check.fail(op, arg, requirement, f"strides {list(x.stride())}")
     _check.require_aligned(op, arg, x)
 

@@ -20,6 +20,7 @@ from .layout import (
     align,
     as_bytes,
     ceil_div,
+    fresh,
     pack_scales_of,
 )
 from .quantize import logical_k
@@ -43,6 +44,35 @@ def check_group_scales(
         requirement = "strides [a multiple of 4, 1, a multiple of 4], none 0"
         _check.fail(op, arg, requirement, f"strides {list(scale.stride())}")
     _check.require_aligned(op, arg, scale)
+
+
+def rows_contiguous(scale: torch.Tensor) -> torch.Tensor:
+    """Packed scales [groups, rows, words] of any strides as check_group_scales() wants them."""
+    groups, rows, words = scale.shape
+
+    def apart(dim: int) -> bool:
+        return (scale.stride(dim) % 4 == 0 and scale.stride(dim) > 0) or scale.shape[dim] <= 1
+
+    if (scale.stride(1) == 1 or rows <= 1) and apart(0) and apart(2):
+        return scale
+    padded = align(rows, 4)
+    strides = (words * padded, 1, padded)
+    return scale.new_empty_strided((groups, rows, words), strides).copy_(scale)
+
+
+def k_major_groups(data: torch.Tensor, packed_rows: bool = False) -> torch.Tensor:
+    """FP8 or FP4 [groups, rows, K] with K along its rows: itself, or one pass over it.
+
+    FP4 packed along the rows (`packed_rows`) comes as [groups, rows / 2, K] and is always repacked.
+    """
+    if packed_rows:
+        groups, k = data.shape[0], data.shape[2]
+        matrix = data.transpose(1, 2).contiguous().flatten(0, 1)  # [groups * K, rows / 2]
+        columns = torch.ops.sm120.transpose_fp4.default(as_bytes(matrix)).view(data.dtype)
+        return columns.unflatten(1, (groups, k // 2)).transpose(0, 1)
+    if data.stride(-1) == 1:
+        return data
+    return fresh(data.view(torch.uint8)).view(data.dtype)
 
 
 def prepare_groups(

@@ -19,6 +19,7 @@ import torch
 from sm120_ops._console import make_console, require_writable, step
 from sm120_ops.device import Environment, describe, is_supported
 from sm120_ops.selftest import cases, formulas, moe
+from sm120_ops.selftest.einsum import EinsumCase, einsum_cases
 
 FORMULA = "CPU reference to FP64 formula"
 REFERENCE, GPU_FORMULA, RERUN = "GPU to CPU reference", "GPU to FP64 formula", "GPU to second run"
@@ -67,8 +68,10 @@ def same_bits(got: torch.Tensor, want: torch.Tensor) -> float:
     return (a != b).double().mean().item()
 
 
-def gemm_magnitude(case: cases.GemmCase) -> torch.Tensor:
+def gemm_magnitude(case: cases.GemmCase | EinsumCase) -> torch.Tensor:
     """|A| |B|^T + |C| in the columns of D: the scale of what rounding can do, for each element."""
+    if isinstance(case, EinsumCase):
+        return case.magnitude()
     a, sfa, b, sfb = case.operands()
     left = formulas.dequantize(a, sfa, case.grans[0]).abs()
     right = formulas.dequantize(b, sfb, case.grans[1]).abs()
@@ -88,8 +91,10 @@ def spread_heads(case: cases.GemmCase, product: torch.Tensor) -> torch.Tensor:
     return full
 
 
-def gemm_formula(case: cases.GemmCase) -> torch.Tensor:
+def gemm_formula(case: cases.GemmCase | EinsumCase) -> torch.Tensor:
     """D's whole buffer in FP64, what the op leaves alone included."""
+    if isinstance(case, EinsumCase):
+        return case.formula()
     a, sfa, b, sfb = case.operands()
     left = formulas.dequantize(a, sfa, case.grans[0])
     right = formulas.dequantize(b, sfb, case.grans[1])
@@ -100,7 +105,7 @@ def gemm_formula(case: cases.GemmCase) -> torch.Tensor:
 
 
 def gemm_error(
-    case: cases.GemmCase, got: torch.Tensor, want: torch.Tensor, roundings: int = 1
+    case: cases.GemmCase | EinsumCase, got: torch.Tensor, want: torch.Tensor, roundings: int = 1
 ) -> float:
     """Worst element, in units of what is allowed for it: at most 1 is right."""
     rounding = BF16_ROUNDING * roundings if case.out_dtype == torch.bfloat16 else 0.0
@@ -116,7 +121,7 @@ def gemm_error(
 
 def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
     """Errors of a result of the CPU reference against FP64; every value allowed is at most 1."""
-    if isinstance(case, cases.GemmCase):
+    if isinstance(case, cases.GemmCase | EinsumCase):
         return {"out": gemm_error(case, got["out"], gemm_formula(case))}
     if isinstance(case, cases.QuantizeCase):
         values, byte = formulas.quantize(
@@ -153,7 +158,7 @@ def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def check_on_cpu(family: str, case: Any) -> Iterator[Outcome]:
-    allowed = 1.0 if family in ("gemm", "moe") else 0.0
+    allowed = 1.0 if family in ("gemm", "einsum", "moe") else 0.0
     for part, error in formula_errors(case, case.run(torch.device("cpu"))).items():
         yield Outcome(family, f"{case_name(case)} [{part}]", FORMULA, error, allowed)
 
@@ -164,7 +169,7 @@ def check_on_gpu(family: str, case: Any, device: torch.device) -> Iterator[Outco
     for part, value in got.items():
         name = f"{case_name(case)} [{part}]"
         yield Outcome(family, name, RERUN, same_bits(again[part], value), 0.0)
-        if family == "gemm":
+        if family in ("gemm", "einsum"):
             error = gemm_error(case, value, want[part].double(), roundings=2)
             yield Outcome(family, name, REFERENCE, error, 1.0)
             error = gemm_error(case, value, gemm_formula(case))
@@ -182,6 +187,7 @@ def all_cases(quick: bool) -> dict[str, list[Any]]:
         "quantize": list(cases.quantize_cases(quick)),
         "layout": list(cases.layout_cases(quick)),
         "gemm": list(cases.gemm_cases(quick)),
+        "einsum": list(einsum_cases(quick)),
         "moe": list(moe.moe_cases(quick)),
     }
 

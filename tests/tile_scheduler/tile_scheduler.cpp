@@ -224,8 +224,8 @@ void check_single(std::mt19937& random, Schedule schedule) {
   p->row_tiles = ceil_div(p->num_rows, Traits::kBlockRows);
   p->col_tiles = ceil_div(p->num_cols, Traits::kBlockCols);
   p->k_blocks = draw(random, 1, 9);
-  p->total_blocks = p->row_tiles * p->col_tiles * p->k_blocks;
-  const int groups = schedule == Schedule::kBlocks ? draw(random, 1, 6) : 1;
+  const int groups = schedule == Schedule::kTiles ? 1 : draw(random, 1, 6);
+  p->total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
   std::vector<int> ends;
   for (int g = 0, end = 0; g < groups; ++g) ends.push_back(end += draw(random, 0, 3));
   p->groups.index = ends.data(), p->groups.count = groups;
@@ -263,6 +263,7 @@ int main() {
     check_grouped(random, Schedule::kCounts);
     check_single(random, Schedule::kTiles);
     check_single(random, Schedule::kSplit);
+    check_single(random, Schedule::kBatch);
     check_single(random, Schedule::kBlocks);
   }
   check_order();

@@ -3,25 +3,28 @@
     "bhr,hdr->bhd"   "bhd,hdr->bhr"   "bhd,bhr->hdr"    a product for each h
     "bmk,bnk->mn"                                       one product, summed over b too (BF16)
 
-Each is A [h, M, K] times B [h, N, K] transposed, as views of what is given, one launch for each h.
-K that is not contiguous costs a copy of the operand in FP8 and FP4, not in BF16.
+Each is one launch, on views of what is given. K that is not contiguous costs one more pass over the
+operand in FP8 and FP4, none in BF16. Other equations: sm120_ops.einsum().
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ... import _check
+from ...ops.groups import rows_contiguous
 from ...ops.layout import FP4_DTYPES
 from .gemm import Operand, reject_extras
 from .grouped import k_major_groups
 from .layout import Recipe, name_of, recipes, required
 from .runtime import skips
 
-_gemm_out = torch.ops.sm120.gemm.out
-_bf16_gemm_out = torch.ops.sm120.bf16_gemm.out
+_batched_gemm_out = torch.ops.sm120.batched_gemm.out
+_bf16_batched_gemm_out = torch.ops.sm120.bf16_batched_gemm.out
+_bf16_batch_sum_out = torch.ops.sm120.bf16_batch_sum.out
 
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,28 +45,38 @@ def _rows_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(1, 2, 0)
 
 
-# {expression: views of A, B and D as [h, M, K], [h, N, K], [h, M, N]; scales go as their data}
-_VIEWS: dict[str, tuple[View, View, View]] = {
-    "bhr,hdr->bhd": (_heads_first, _itself, _heads_first),
-    "bhd,hdr->bhr": (_heads_first, _transposed, _heads_first),
-    "bhd,bhr->hdr": (_rows_last, _rows_last, _itself),
+class _Views(NamedTuple):
+    """A as [h, M, K], B as [h, N, K], scales as their data; D is [M, h, N] or else [h, M, N]."""
+
+    a: View
+    b: View
+    rows_first: bool
+
+
+_EXPRESSIONS = {
+    "bhr,hdr->bhd": _Views(_heads_first, _itself, True),
+    "bhd,hdr->bhr": _Views(_heads_first, _transposed, True),
+    "bhd,bhr->hdr": _Views(_rows_last, _rows_last, False),
 }
 _SUM = "bmk,bnk->mn"
 
 
-def _views(op: str, expr: str, others: tuple[str, ...] = ()) -> tuple[View, View, View]:
-    found = _VIEWS.get(expr.replace(" ", ""))
+def _views(op: str, expr: str, others: tuple[str, ...] = ()) -> _Views:
+    found = _EXPRESSIONS.get(expr.replace(" ", ""))
     if found is None:
-        accepted = " or ".join(repr(known) for known in (*_VIEWS, *others))
+        accepted = " or ".join(repr(known) for known in (*_EXPRESSIONS, *others))
         _check.fail(name_of(op), "expr", accepted, repr(expr))
     return found
 
 
-def _check_sizes(op: str, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> None:
-    """Of the views; K is compared by the GEMM."""
-    shape = (a.shape[0], a.shape[1], b.shape[1])
-    if b.shape[0] != a.shape[0] or tuple(d.shape) != shape:
-        requirement = f"batch {a.shape[0]}, as A, in B and D, and D of {list(shape)} as [h, M, N]"
+def _check_sizes(
+    op: str, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor, rows_first: bool
+) -> None:
+    """Of the views, and of D as it is; K is compared by the op."""
+    heads, m, n = a.shape[0], a.shape[1], b.shape[1]
+    shape = (m, heads, n) if rows_first else (heads, m, n)
+    if b.shape[0] != heads or tuple(d.shape) != shape:
+        requirement = f"batch {heads}, as A, in B and D, and D of {list(shape)}"
         _check.fail(name_of(op), "d", requirement, f"B {list(b.shape)}, D {list(d.shape)}")
 
 
@@ -98,29 +111,24 @@ def fp8_einsum(
         reject_extras(op, None, epilogue)
         got = "a pair or a scale layout for quantised output"
         _check.fail_type(name_of(op), "d", "a bfloat16 or float32 tensor", got)
-    view_a, view_b, view_d = _views(op, expr)
+    views = _views(op, expr)
     (a_data, sfa), (b_data, sfb) = a, b
     for arg, data, sf in (("a", a_data, sfa), ("b", b_data, sfb)):
         _check.require_tensor(name_of(op), arg, data, rank=3)
         _check.require_dtype(name_of(op), arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
         _check.require_tensor(name_of(op), f"sf{arg}", sf, rank=3)
     for_a, for_b = recipes(op, sfb, recipe, None, None)
-    a_data, b_data = k_major_groups(view_a(a_data)), k_major_groups(view_b(b_data))
-    d, c = view_d(d), None if c is None else view_d(c)
-    _check_sizes(op, a_data, b_data, d)
+    a_data, b_data = k_major_groups(views.a(a_data)), k_major_groups(views.b(b_data))
+    _check_sizes(op, a_data, b_data, d, views.rows_first)
     _check.require_no_grad(name_of(op), c=c)
     per_byte = 1 if a_data.dtype == torch.float8_e4m3fn else 2
     heads, m, k = a_data.shape[0], a_data.shape[1], a_data.shape[2] * per_byte
-    canonical = sfa.dtype == torch.int32 and view_a is not _heads_first
-    sfa = sfa if canonical else view_a(sfa)
-    sfb = sfb if sfb.dtype == torch.int32 else view_b(sfb)
-    sfa = required(name_of(op), "sfa", sfa, m, k, for_a, heads)
-    sfb = required(name_of(op), "sfb", sfb, b_data.shape[1], k, for_b, heads)
-    for h in range(heads):
-        _gemm_out(
-            a_data[h], sfa[h], b_data[h], sfb[h], for_a[1], for_b[1],
-            None if c is None else c[h], (), out=d[h],
-        )  # fmt: skip
+    canonical = sfa.dtype == torch.int32 and views.a is not _heads_first
+    sfa = sfa if canonical else views.a(sfa)
+    sfb = sfb if sfb.dtype == torch.int32 else views.b(sfb)
+    sfa = rows_contiguous(required(name_of(op), "sfa", sfa, m, k, for_a, heads))
+    sfb = rows_contiguous(required(name_of(op), "sfb", sfb, b_data.shape[1], k, for_b, heads))
+    _batched_gemm_out(a_data, sfa, b_data, sfb, for_a[1], for_b[1], c, views.rows_first, out=d)
 
 
 def einsum(
@@ -153,14 +161,11 @@ def einsum(
         d.copy_(product if c is None else product + c)
         return
     if plain == _SUM:
-        flat_a, flat_b = (x.transpose(0, 1).flatten(1) for x in (a, b))
-        _bf16_gemm_out(flat_a, flat_b, c, out=d)
+        _bf16_batch_sum_out(a, b, c, out=d)
         return
-    view_a, view_b, view_d = _views(op, expr, (_SUM,))
+    views = _views(op, expr, (_SUM,))
     for arg, data in (("a", a), ("b", b), ("d", d)):
         _check.require_tensor(name_of(op), arg, data, rank=3)
-    a, b, d = view_a(a), view_b(b), view_d(d)
-    c = None if c is None else view_d(c)
-    _check_sizes(op, a, b, d)
-    for h in range(a.shape[0]):
-        _bf16_gemm_out(a[h], b[h], None if c is None else c[h], out=d[h])
+    a, b = views.a(a), views.b(b)
+    _check_sizes(op, a, b, d, views.rows_first)
+    _bf16_batched_gemm_out(a, b, c, views.rows_first, out=d)

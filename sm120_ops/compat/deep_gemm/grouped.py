@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from ... import _check
-from ...ops.layout import FP4_DTYPES, as_bytes
+from ...ops import groups
+from ...ops.layout import FP4_DTYPES
 from .gemm import Operand, k_major, reject_extras, unpaired
 from .layout import Recipe, name_of, recipes, required
 from .runtime import get_mk_alignment_for_contiguous_layout, skips
@@ -25,15 +26,8 @@ _masked_out = torch.ops.sm120.grouped_gemm_masked.out
 
 def k_major_groups(data: torch.Tensor) -> torch.Tensor:
     """[G, rows, K] data with K along its rows: itself, or one pass over it."""
-    if data.stride(-1) == 1:
-        return data
-    if data.dtype not in FP4_DTYPES:
-        return data.view(torch.uint8).contiguous().view(data.dtype)
-    # FP4 packed along the rows: [G, K, rows / 2] as one matrix [G * K, rows / 2].
-    groups, k = data.shape[0], data.shape[2]
-    packed = as_bytes(data.transpose(1, 2).contiguous()).flatten(0, 1)
-    columns = torch.ops.sm120.transpose_fp4.default(packed).view(data.dtype)
-    return columns.unflatten(1, (groups, k // 2)).transpose(0, 1)
+    packed_rows = data.dtype in FP4_DTYPES and data.stride(-1) != 1
+    return groups.k_major_groups(data, packed_rows)
 
 
 def _prepared(
@@ -64,14 +58,14 @@ def _converted(
         _check.require_dtype(name, arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
     a_data = k_major_groups(a_data) if a_data.dim() == 3 else k_major(a_data)
     b_data = k_major_groups(b_data)
-    groups, n, width = b_data.shape
+    experts, n, width = b_data.shape
     k = width if b_data.dtype == torch.float8_e4m3fn else 2 * width
     if sfa.dtype != torch.int32:
         sfa = required(
-            name, "sfa", sfa, a_data.shape[-2], k, for_a, groups if a_data.dim() == 3 else None
+            name, "sfa", sfa, a_data.shape[-2], k, for_a, experts if a_data.dim() == 3 else None
         )
     if sfb.dtype != torch.int32:
-        sfb = required(name, "sfb", sfb, n, k, for_b, groups)
+        sfb = required(name, "sfb", sfb, n, k, for_b, experts)
     return a_data, sfa, b_data, sfb
 
 
