@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from sm120_ops.compat import deep_gemm
 from sm120_ops.compat.deep_gemm import attention, bf16, gemm, grouped, hyperconnection, k_grouped
 
+einsum = importlib.import_module("sm120_ops.compat.deep_gemm.einsum")  # the name is a function's
 LIMIT_US = 5.0
 
 
@@ -36,10 +38,12 @@ def packed(rows: int, groups: int | None = None) -> Any:
     return data, torch.zeros(*lead, 1, rows, dtype=torch.int32).transpose(-1, -2)
 
 
-A, B, B3 = packed(16), packed(128), packed(128, 4)
+A, B, B1, B3 = packed(16), packed(128), packed(128, 1), packed(128, 4)
 C, D = (torch.empty(16, 128, dtype=torch.bfloat16) for _ in range(2))
+HEADS, D_HEADS = (A[0][:, None], A[1][:, None]), D[:, None]
 D3 = torch.empty(4, 128, 128, dtype=torch.bfloat16)
-X2 = torch.empty(16, 512, dtype=torch.bfloat16)
+X2, W = torch.empty(16, 512, dtype=torch.bfloat16), torch.empty(1, 128, 512, dtype=torch.bfloat16)
+X_HEADS = X2[:, None]
 FLAT = (
     torch.empty(4 * 128 * 512, dtype=torch.float8_e4m3fn),
     torch.zeros(4, 128, dtype=torch.int32),
@@ -99,6 +103,16 @@ CALLS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
         grouped,
         "_masked_out",
         lambda: deep_gemm.fp8_m_grouped_gemm_nt_masked(B3, B3, D, INDEX, 4),
+    ),
+    "fp8_einsum": (
+        einsum,
+        "_batched_gemm_out",
+        lambda: deep_gemm.fp8_einsum("bhr,hdr->bhd", HEADS, B1, D_HEADS, recipe=(1, 1, 128)),
+    ),
+    "einsum": (
+        einsum,
+        "_bf16_batched_gemm_out",
+        lambda: deep_gemm.einsum("bhr,hdr->bhd", X_HEADS, W, D_HEADS),
     ),
     "fp8_fp4_mqa_logits": (
         attention,

@@ -4,7 +4,8 @@
     "bmk,bnk->mn"                                       one product, summed over b too (BF16)
 
 Each is one launch, on views of what is given. K that is not contiguous costs one more pass over the
-operand in FP8 and FP4, none in BF16. Other equations: sm120_ops.einsum().
+operand in FP8 and FP4, none in BF16. Tokens with packed scales and K-major data, what the engines
+pass, go straight to the op: its checks are all that is done. Other equations: sm120_ops.einsum().
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from ... import _check
 from ...ops.groups import rows_contiguous
 from ...ops.layout import FP4_DTYPES
-from .gemm import Operand, reject_extras
+from .gemm import Operand, reject_extras, unpaired
 from .grouped import k_major_groups
 from .layout import Recipe, name_of, recipes, required
 from .runtime import skips
@@ -53,12 +54,27 @@ class _Views(NamedTuple):
     rows_first: bool
 
 
+_TOKENS = "bhr,hdr->bhd"
 _EXPRESSIONS = {
-    "bhr,hdr->bhd": _Views(_heads_first, _itself, True),
+    _TOKENS: _Views(_heads_first, _itself, True),
     "bhd,hdr->bhr": _Views(_heads_first, _transposed, True),
     "bhd,bhr->hdr": _Views(_rows_last, _rows_last, False),
 }
 _SUM = "bmk,bnk->mn"
+
+
+def _ready(a: torch.Tensor, sfa: torch.Tensor, b: torch.Tensor, sfb: torch.Tensor) -> bool:
+    """What the engines pass for tokens: K-major data, packed scales of rows that are contiguous."""
+    return (
+        sfa.dtype is torch.int32
+        and sfb.dtype is torch.int32
+        and a.dim() == sfa.dim() == 3
+        and sfa.stride(0) == 1
+        and sfa.stride(1) % 4 == 0
+        and sfa.stride(2) % 4 == 0
+        and a.stride(2) == 1
+        and b.stride(-1) == 1
+    )
 
 
 def _views(op: str, expr: str, others: tuple[str, ...] = ()) -> _Views:
@@ -111,8 +127,13 @@ def fp8_einsum(
         reject_extras(op, None, epilogue)
         got = "a pair or a scale layout for quantised output"
         _check.fail_type(name_of(op), "d", "a bfloat16 or float32 tensor", got)
+    a_data, sfa, b_data, sfb = unpaired(op, a, b)
+    if expr == _TOKENS and _ready(a_data, sfa, b_data, sfb) and (c is None or not c.requires_grad):
+        for_a, for_b = recipes(op, sfb, recipe, None, None)
+        a_data, sfa = _heads_first(a_data), _heads_first(sfa)
+        _batched_gemm_out(a_data, sfa, b_data, sfb, for_a[1], for_b[1], c, True, out=d)
+        return
     views = _views(op, expr)
-    (a_data, sfa), (b_data, sfb) = a, b
     for arg, data, sf in (("a", a_data, sfa), ("b", b_data, sfb)):
         _check.require_tensor(name_of(op), arg, data, rank=3)
         _check.require_dtype(name_of(op), arg, data, (torch.float8_e4m3fn, *FP4_DTYPES))
@@ -153,7 +174,8 @@ def einsum(
     op = "einsum"
     if skips("deep_gemm.einsum"):
         return
-    reject_extras(op, None, epilogue)
+    if epilogue is not None:
+        reject_extras(op, None, epilogue)
     _check.require_no_grad(name_of(op), a=a, b=b, c=c)
     plain = expr.replace(" ", "")
     if use_cublaslt:
