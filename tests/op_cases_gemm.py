@@ -168,6 +168,47 @@ both(
 )
 
 
+def bf16_weights(r: Random, t: Tensors) -> Tensors:
+    """The grouped case `t` with bfloat16 operands."""
+    index = {key: t[key] for key in ("m_indices", "group_ends", "masked_m") if key in t}
+    return {"a": r.bf16(*t["a"].shape), "b": r.bf16(EXPERTS, N, K), **index}
+
+
+for _name, _make, _index, _after in (
+    ("bf16_grouped_gemm", contiguous_inputs, "m_indices", (16,)),
+    ("bf16_grouped_gemm_psum", psum_inputs, "group_ends", (16, 8)),
+    ("bf16_grouped_gemm_masked", masked_inputs, "masked_m", (8,)),
+):
+    both(
+        _name,
+        lambda r, rows, m=_make: bf16_weights(r, m(r, rows)),  # type: ignore[misc]
+        lambda t, i=_index: (t["a"], t["b"], t[i]),  # type: ignore[misc]
+        lambda t: (torch.bfloat16,),
+        after=lambda t, a=_after: a,  # type: ignore[misc]
+        outputs=lambda r, t: {"out": r.poison(*t["a"].shape[:-1], N, dtype=torch.bfloat16)},
+    )
+
+
+def bf16_k_grouped_inputs(r: Random, rows: int) -> Tensors:
+    """Groups that divide the rows, which need not use all of them."""
+    return {
+        "a": r.bf16(rows, 40),
+        "b": r.bf16(rows, N),
+        "ks": r.ints(0, rows // EXPERTS + 2, EXPERTS),
+        "c": r.floats(EXPERTS, 40, N),
+    }
+
+
+both(
+    "bf16_k_grouped_gemm",
+    bf16_k_grouped_inputs,
+    lambda t: (t["a"], t["b"], t["ks"]),
+    lambda t: (torch.float32,),
+    after=lambda t: (t["c"],),
+    outputs=lambda r, t: {"out": r.poison(EXPERTS, 40, N, dtype=torch.float32)},
+)
+
+
 # ---- hc_prenorm ----------------------------------------------------------------------------------
 
 both(

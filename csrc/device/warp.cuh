@@ -92,4 +92,20 @@ __device__ __forceinline__ int load_readonly(const int* p) {
   return __ldg(p);
 }
 
+// v += *p, as one piece, so that the compiler does not want registers for many loads at a time.
+__device__ __forceinline__ void add_from(float (&v)[4], const float4* p) {
+  asm volatile(
+      "{\n"
+      ".reg .f32 x, y, z, w;\n"
+      "ld.global.v4.f32 {x, y, z, w}, [%4];\n"
+      "add.rn.f32 %0, %0, x;\n"
+      "add.rn.f32 %1, %1, y;\n"
+      "add.rn.f32 %2, %2, z;\n"
+      "add.rn.f32 %3, %3, w;\n"
+      "}\n"
+      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
+      : "l"(p)
+      : "memory");
+}
+
 }  // namespace sm120

@@ -24,11 +24,6 @@ CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k
   return operand_map(x.data, x.groups, x.rows, 2 * k, group_stride, x.stride, tile_rows, box_bytes);
 }
 
-// K that a warp's chain of MMAs adds up. Each MMA cuts off half a unit in the last place on
-// average, which adds up to K * 2^-29.7 of a random sum (measured): 8.9e-6 of a chain of this
-// length, a calc_diff of 4e-11.
-constexpr int64_t kChainK = 8192;
-
 int64_t chain_blocks(const Bf16Config& config) {
   const Bf16Tile& tile = kBf16Tiles[config.tile];
   return kChainK / tile.block_k * tile.slices;
@@ -49,7 +44,8 @@ int64_t k_blocks(const Bf16Config& config, const Bf16Problem& problem) {
 
 // Whether a tile may need more than one chain.
 bool has_carry(const Bf16Config& config, const Bf16Problem& problem) {
-  return k_blocks(config, problem) > chain_blocks(config);
+  const Bf16Tile& tile = kBf16Tiles[config.tile];
+  return has_chains(tile.cols, tile.slices) && k_blocks(config, problem) > chain_blocks(config);
 }
 
 }  // namespace
@@ -79,9 +75,10 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
     p.groups.step = std::min(p.groups.step, p.groups.alignment);
   }
   p.workspace = static_cast<float*>(workspace);
-  p.chain_blocks = std::numeric_limits<int32_t>::max();
+  p.chain = std::numeric_limits<int32_t>::max();
   if (has_carry(config, problem)) {
-    p.chain_blocks = static_cast<int32_t>(chain_blocks(config));
+    const int unit = problem.schedule == Schedule::kSpans ? tile.block_k : 1;
+    p.chain = static_cast<int32_t>(chain_blocks(config) * unit);
     p.carry = p.workspace + partial_tiles(config) * tile_bytes(config) / 4;
   }
   p.num_rows = static_cast<int32_t>(rows.rows);

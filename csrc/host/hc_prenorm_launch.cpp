@@ -26,6 +26,14 @@ void plan_reduction(PrenormParams& p, int grid) {
   }
 }
 
+// CTAs that share the K-blocks of all row tiles. As many for each tile, where that leaves few SMs
+// idle: a CTA then has one part of one tile, and no more CTAs than finish at the same time.
+int64_t reduced_grid(int64_t tiles, int64_t blocks, int num_sms) {
+  const int64_t parts = num_sms / tiles;
+  if (16 * parts * tiles < 15 * num_sms) return std::min<int64_t>(num_sms, tiles * blocks);
+  return tiles * ceil_div(blocks, ceil_div(blocks, parts));
+}
+
 }  // namespace
 
 PrenormPlan plan_prenorm(const PrenormProblem& p, int num_sms) {
@@ -35,7 +43,8 @@ PrenormPlan plan_prenorm(const PrenormProblem& p, int num_sms) {
   PrenormPlan plan{};
   plan.reduced = p.splits == 0 && countable && tiles * blocks > 1;
   const int64_t items = plan.reduced ? tiles * blocks : tiles * std::max<int64_t>(p.splits, 1);
-  plan.grid = static_cast<int>(std::min<int64_t>(num_sms, items));
+  plan.grid = static_cast<int>(plan.reduced ? reduced_grid(tiles, blocks, num_sms)
+                                            : std::min<int64_t>(num_sms, items));
   if (plan.reduced) {
     plan.workspace_floats = 2ll * plan.grid * std::min<int64_t>(p.m, kPrenormRows) * (p.n + 1);
   }

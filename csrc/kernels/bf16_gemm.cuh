@@ -6,12 +6,13 @@
 // s, s + kSlices, ..., and the slices' sums are added at the tile's end.
 //
 // An MMA cuts off, rather than rounds, what does not fit the sum's 24 bits, so the relative error
-// of a chain of them grows with its length. Sums longer than p.chain_blocks are cut into chains,
+// of a chain of them grows with its length. Sums longer than p.chain are cut into chains,
 // which ordinary additions put together.
 #pragma once
 #include "device/launch.cuh"
 #include "device/operand.cuh"
 #include "device/tma.cuh"
+#include "host/bf16_config.h"
 #include "kernels/split_k.cuh"
 #include "kernels/tile_queue.cuh"
 
@@ -29,12 +30,13 @@ struct Bf16Traits {
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
   static constexpr Access kColAccess = Access::kPlain;
   static constexpr bool kHeadSplit = false;
+  static constexpr bool kChains = has_chains(kCols, kSliceCount);
   static constexpr Major kRowsMajor =
       kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kKMn ? Major::kK : Major::kMn;
   static constexpr Major kColsMajor =
       kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kMnK ? Major::kK : Major::kMn;
   // A line of an MN-major operand is one k, so that a tile can be cut off behind any of them.
-  static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn;
+  static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn && has_any_k(kCols);
 
   // Rows of an MN-major operand in one box: a line of at most 128 bytes.
   static constexpr int kRowsAtom = kRows < 64 ? kRows : 64, kColsAtom = kCols < 64 ? kCols : 64;
@@ -52,7 +54,7 @@ struct Bf16Traits {
 
   // Registers a thread; the sum over the CTA's three groups of four warps is 504. What the sums
   // need not the producer may have.
-  static constexpr int kMathRegisters = MT * NT < 32 ? 208 : kAnyK ? 224 : 232;
+  static constexpr int kMathRegisters = MT * NT < 32 ? 208 : kAnyK && !kChains ? 224 : 232;
   static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
 
   // A slice's sums go through the stage it used last, so many 16-row fragments a round.
@@ -244,12 +246,6 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
   if (T::kSlices == 1) ring.next_of_slice();
 }
 
-template <int MT, int NT>
-__device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
-#pragma unroll
-  for (int f = 0; f < MT * NT * 4; ++f) acc[f / 4 / NT][f / 4 % NT][f % 4] = 0;
-}
-
 // A tile's sums of the chains of MMAs so far, kept by the thread that has them.
 template <class T>
 __device__ __forceinline__ float4* carried_fragment(const GemmParams& p, int fragment) {
@@ -271,9 +267,7 @@ template <class T>
 __device__ __forceinline__ void add_carried(const GemmParams& p, float (&acc)[T::MT][T::NT][4]) {
 #pragma unroll
   for (int f = 0; f < T::MT * T::NT; ++f) {
-    float (&v)[4] = acc[f / T::NT][f % T::NT];
-    const float4 before = *carried_fragment<T>(p, f);
-    v[0] += before.x, v[1] += before.y, v[2] += before.z, v[3] += before.w;
+    add_from(acc[f / T::NT][f % T::NT], carried_fragment<T>(p, f));
   }
 }
 
@@ -385,19 +379,18 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    for (int done = 0;; done += p.chain_blocks) {
-      const int blocks = min(k_blocks_of<T>(p, tile) - done, p.chain_blocks);
-      accumulate<T>(slices.begin(blocks), ring, acc);
-      slices.combine(acc, ring);
-      const bool has_sums = WarpPlace<T>::now().slice == 0;
-      if (done > 0 && has_sums) add_carried<T>(p, acc);
-      tile = queue.read();  // again, rather than in registers all the while
-      if (k_blocks_of<T>(p, tile) - done <= p.chain_blocks) break;
-      if (has_sums) put_away<T>(p, acc);
-      clear(acc);
-    }
+    accumulate<T>(slices.begin(k_blocks_of<T>(p, tile)), ring, acc);
+    slices.combine(acc, ring);
+    tile = queue.read();  // again, rather than in registers all the while
     const WarpPlace<T> at = WarpPlace<T>::now();
-    if (at.slice == 0) store_tile<T>(p, tile, acc, at.row, at.col);
+    if (at.slice == 0) {
+      if (T::kChains && tile.chain & kCarried) add_carried<T>(p, acc);
+      if (T::kChains && tile.chain & kMore) {
+        put_away<T>(p, acc);
+      } else {
+        store_tile<T>(p, tile, acc, at.row, at.col);
+      }
+    }
     release_stage(queue.empty());
   }
   if (p.schedule == Schedule::kSplit) {

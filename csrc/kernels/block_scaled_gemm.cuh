@@ -22,7 +22,7 @@ struct GemmTraits {
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT>;
   static constexpr Access kColAccess = Mma::kAccessB;
   static constexpr bool kHeadSplit = true;
-  static constexpr bool kAnyK = false;
+  static constexpr bool kAnyK = false, kChains = false;
   static constexpr int kStoreThreads = kMathThreads;
 
   // Shared-memory map: rows stages | cols stages | rows scales | cols scales | full | empty

@@ -81,10 +81,10 @@ struct GemmParams {
   int32_t row_tiles, col_tiles, k_blocks;
   int32_t matrix_blocks;  // BF16: k_blocks of one matrix, at least 1; k_blocks is those of all
                           // where the product is summed over the groups as well
-  int32_t chain_blocks;   // BF16: K-blocks that a chain of MMAs adds up; longer sums go through
-                          // carry
-  float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
-  uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
+  int32_t chain;  // BF16: how much of K, in a Tile's units, a chain of MMAs adds up; longer sums
+                  // go through carry
+  float* carry;   // BF16: [grid, block_rows * block_cols] sums of the chains before
+  uint32_t total_blocks;            // kSplit: row_tiles * col_tiles * k_blocks, of all groups
   bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
   Schedule schedule;
@@ -96,8 +96,13 @@ struct Tile {
   int32_t row_end, col_end;  // where the rows and columns to be stored end
   int32_t k_begin, k_end;    // K-blocks; kSpans: k
   int32_t group;             // matrix of grouped operands and of D; negative: there is no tile
-  int32_t partial;           // workspace slot of the CTA (0, 1) if it holds part of K, else -1
+  int16_t partial;           // workspace slot of the CTA (0, 1) if it holds part of K, else -1
+  int16_t chain;             // bits kCarried, kMore
 };
+
+// A Tile may be one of several chains of MMAs that follow each other: there were others before it,
+// whose sums it adds; it is not the last.
+inline constexpr int kCarried = 1, kMore = 2;
 
 using GemmKernel = void (*)(GemmParams);
 

@@ -36,27 +36,45 @@ struct TileQueue {
 
   __device__ void write(const Tile& t) const {
     sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
-    sts128(tile() + 16, make_int4(t.k_begin, t.k_end, t.group, t.partial));
+    sts128(tile() + 16,
+           make_int4(t.k_begin, t.k_end, t.group, (t.partial & 0xffff) | t.chain << 16));
   }
   __device__ Tile read() const {
     const int4 place = lds128(tile()), work = lds128(tile() + 16);
-    return {place.x, place.y, place.z, place.w, work.x, work.y, work.z, work.w};
+    return {place.x,
+            place.y,
+            place.z,
+            place.w,
+            work.x,
+            work.y,
+            work.z,
+            static_cast<int16_t>(work.w),
+            static_cast<int16_t>(work.w >> 16)};
   }
 };
 
-// Scheduler: one warp, ahead of the others as far as the queue allows.
+// Scheduler: one warp, ahead of the others as far as the queue allows. With kChains, a tile whose
+// sums are longer than one chain goes out as several, one after the other.
 template <class T>
 __device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
   TileScheduler<T> scheduler(p);
   Tile tile;
   do {
     tile = scheduler.next();
-    if (lane_id() == 0) {
-      mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
-      queue.write(tile);
-      mbarrier_arrive(queue.full());
-    }
-    queue.slot.advance();
+    const int k_end = tile.k_end;
+    do {
+      if constexpr (T::kChains) {
+        tile.k_end = k_end - tile.k_begin > p.chain ? tile.k_begin + p.chain : k_end;
+        tile.chain |= tile.k_end < k_end ? kMore : 0;
+      }
+      if (lane_id() == 0) {
+        mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
+        queue.write(tile);
+        mbarrier_arrive(queue.full());
+      }
+      queue.slot.advance();
+      tile.k_begin = tile.k_end, tile.chain = kCarried;
+    } while (T::kChains && tile.k_begin < k_end);
   } while (tile.group >= 0);
 }
 

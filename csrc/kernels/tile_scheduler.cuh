@@ -6,7 +6,7 @@
 
 namespace sm120 {
 
-inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1};
+inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1, 0};
 
 // One product or a batch: whole tiles round-robin over a persistent grid; or, for few tiles with
 // long K (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges,
@@ -34,7 +34,7 @@ class TileScheduler {
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    tile.group = index / tiles, tile.partial = -1;
+    tile.group = index / tiles, tile.partial = -1, tile.chain = 0;
     place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
@@ -105,7 +105,7 @@ class TileScheduler {
     tile.row_end = p_.swapped ? p_.num_rows : at.token_end;
     tile.col_end = p_.swapped ? at.token_end : p_.num_cols;
     tile.k_begin = 0, tile.k_end = p_.k_blocks;
-    tile.group = at.group, tile.partial = -1;
+    tile.group = at.group, tile.partial = -1, tile.chain = 0;
     return tile;
   }
 

@@ -69,7 +69,7 @@ void run(const Inputs& in, Bf16Problem& p, const Tensor& out, const Forced* forc
   if (out.numel() == 0) return;
 
   // Sizes are on the device: all groups are taken to be alike, and all of K to be used.
-  const Bf16Shape one{m, n, ceil_div(p.k, groups)};
+  const Bf16Shape one{m, n, ceil_div(p.k, groups), true};
   const GroupedBf16Shape shape{one, groups, 0, groups, m, groups * m};
   Bf16Config config;
   if (forced) {

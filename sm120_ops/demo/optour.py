@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn import functional
 
 from sm120_ops._console import make_console, step
 
@@ -156,6 +158,7 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         yield TourLine(
             "bf16_gemm", f"{M}x{N}x{K} bf16, {layout}", "FP64 product", error, EXACT_PRODUCT
         )
+    yield from grouped_tour(x, w)
     yield from einsum_lines(normal)
     fn = torch.randn(24, K, generator=generator).to(device)
     d, sqr_sum = ops.hc_prenorm(x, fn, eps=1e-6)
@@ -200,6 +203,55 @@ def einsum_lines(normal: Callable[..., torch.Tensor]) -> Iterator[TourLine]:
     got = ops.einsum("bmk,bnk->mn", x, x, out_dtype=torch.float32)
     error = relative_error(got, total)
     yield TourLine("einsum", f"bmk,bnk->mn {B}x{H}x{R} bf16", "FP64 sum", error, EXACT_PRODUCT)
+
+
+def grouped_tour(x: torch.Tensor, w: torch.Tensor) -> Iterator[TourLine]:
+    """Thirds of a projection's rows as experts of their own, one of them without tokens."""
+    import sm120_ops as ops
+
+    experts = w.unflatten(0, (3, -1))
+    sizes = torch.tensor([x.shape[0] // 3, 0, x.shape[0] - x.shape[0] // 3], dtype=torch.int32)
+    ends = sizes.tolist()
+    parts = x.split(ends)
+    alignment = 16
+    indices = torch.cat(
+        [
+            functional.pad(torch.full((size,), g), (0, -size % alignment), value=-1)
+            for g, size in enumerate(ends)
+        ]
+    ).to(x.device, torch.int32)
+    tokens = torch.cat([functional.pad(p, (0, 0, 0, -p.shape[0] % alignment)) for p in parts])
+    products = [p.double() @ e.double().T for p, e in zip(parts, experts, strict=True)]
+    shape = f"{x.shape[0]}x{experts.shape[1]}x{x.shape[1]} bf16, 3 experts"
+    got = ops.bf16_grouped_gemm(
+        tokens, experts, indices, alignment=alignment, out_dtype=torch.float32, validate=True
+    )
+    want = torch.cat(products)
+    error = relative_error(got[indices >= 0], want)
+    yield TourLine("bf16_grouped_gemm", shape, "FP64 product", error, EXACT_PRODUCT)
+    starts = [0, *itertools.accumulate(-(-size // alignment) * alignment for size in ends)]
+    group_ends = torch.tensor(
+        [start + size for start, size in zip(starts, ends, strict=False)], dtype=torch.int32
+    ).to(x.device)
+    got = ops.bf16_grouped_gemm_psum(
+        tokens, experts, group_ends, alignment=alignment, out_dtype=torch.float32, validate=True
+    )
+    error = relative_error(got[indices >= 0], want)
+    yield TourLine("bf16_grouped_gemm_psum", shape, "FP64 product", error, EXACT_PRODUCT)
+    most = max(ends)
+    masked = torch.stack([functional.pad(p, (0, 0, 0, most - p.shape[0])) for p in parts])
+    on_device = sizes.to(x.device)
+    got = ops.bf16_grouped_gemm_masked(masked, experts, on_device, out_dtype=torch.float32)
+    error = relative_error(torch.cat([d[:n] for d, n in zip(got, ends, strict=True)]), want)
+    yield TourLine("bf16_grouped_gemm_masked", shape, "FP64 product", error, EXACT_PRODUCT)
+    # Gradients of the experts' weights, were the products their own gradients.
+    y = want.bfloat16()
+    got = ops.bf16_k_grouped_gemm(y, x, on_device, out_dtype=torch.float32)
+    gradients = torch.stack(
+        [p.double().T @ q.double() for p, q in zip(y.split(ends), parts, strict=True)]
+    )
+    error = relative_error(got, gradients)
+    yield TourLine("bf16_k_grouped_gemm", shape, "FP64 product", error, EXACT_PRODUCT)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 
 from sm120_ops._console import make_console, require_writable, step
 from sm120_ops.device import Environment, describe, is_supported
-from sm120_ops.selftest import cases, formulas, moe
+from sm120_ops.selftest import cases, formulas, moe, products
 from sm120_ops.selftest.einsum import EinsumCase, einsum_cases
 
 FORMULA = "CPU reference to FP64 formula"
@@ -137,6 +137,9 @@ def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
             "scale": float((packed_byte != byte).sum()),
             "dequantized": float((got["dequantized"] != restored.float()).sum()),
         }
+    if isinstance(case, products.Case):
+        want = case.formula()
+        return {part: case.error(part, got[part], want[part]) for part in want}
     if isinstance(case, moe.MoeCase):
         allowed = moe.FORMAT_ERROR[case.format]
         return {"out": moe.relative_error(got["out"], moe.formula(case), allowed)}
@@ -158,7 +161,8 @@ def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def check_on_cpu(family: str, case: Any) -> Iterator[Outcome]:
-    allowed = 1.0 if family in ("gemm", "einsum", "moe") else 0.0
+    exact = family not in ("gemm", "einsum", "moe", *products.FAMILIES)
+    allowed = 0.0 if exact else 1.0
     for part, error in formula_errors(case, case.run(torch.device("cpu"))).items():
         yield Outcome(family, f"{case_name(case)} [{part}]", FORMULA, error, allowed)
 
@@ -174,6 +178,9 @@ def check_on_gpu(family: str, case: Any, device: torch.device) -> Iterator[Outco
             yield Outcome(family, name, REFERENCE, error, 1.0)
             error = gemm_error(case, value, gemm_formula(case))
             yield Outcome(family, name, GPU_FORMULA, error, 1.0)
+        elif family in products.FAMILIES:
+            yield Outcome(family, name, REFERENCE, case.error(part, value, want[part]), 1.0)
+            yield Outcome(family, name, GPU_FORMULA, formula_errors(case, got)[part], 1.0)
         elif family == "moe":
             error = moe.relative_error(value, want[part], moe.REFERENCE_ERROR)
             yield Outcome(family, name, REFERENCE, error, 1.0)
@@ -189,6 +196,8 @@ def all_cases(quick: bool) -> dict[str, list[Any]]:
         "gemm": list(cases.gemm_cases(quick)),
         "einsum": list(einsum_cases(quick)),
         "moe": list(moe.moe_cases(quick)),
+        "bf16": list(products.bf16_cases(quick)),
+        "hc_prenorm": list(products.prenorm_cases(quick)),
     }
 
 
