@@ -179,6 +179,8 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
         "gemm",
         "einsum",
         "moe",
+        "bf16",
+        "hc_prenorm",
     }
     return report
 
