@@ -170,7 +170,7 @@ both(
 
 def bf16_weights(r: Random, t: Tensors) -> Tensors:
     """The grouped case `t` with bfloat16 operands."""
-    index = {key: t[key] for key in ("m_indices", "group_ends", "masked_m") if key in t}
+    index: Tensors = {key: t[key] for key in ("m_indices", "group_ends", "masked_m") if key in t}
     return {"a": r.bf16(*t["a"].shape), "b": r.bf16(EXPERTS, N, K), **index}
 
 

@@ -190,6 +190,8 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
         "grouped",
         "k_grouped",
         "mqa",
+        "bf16",
+        "hc_prenorm",
     }
     return report
 

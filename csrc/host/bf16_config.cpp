@@ -83,9 +83,9 @@ double bytes_of(const Bf16Shape& s) {
   return 2.0 * s.batch * (s.summed * (s.m + s.n) * s.k + s.m * s.n);
 }
 
-// Whether the tile is compiled for it, and sums over so much of K are as exact as is promised.
-bool can_sum(const Bf16Tile& t, const Bf16Shape& s) {
-  return (has_chains(t.cols, t.slices) || s.summed * s.k <= kLongestChainK * t.slices) &&
+// Whether the tile is compiled for it, and sums of so many K-blocks are as exact as is promised.
+bool can_sum(const Bf16Tile& t, const Bf16Shape& s, int64_t blocks) {
+  return (has_chains(t.cols, t.slices) || blocks * t.block_k <= kLongestChainK * t.slices) &&
          (has_any_k(t.cols) || !s.any_k);
 }
 
@@ -93,11 +93,14 @@ bool can_sum(const Bf16Tile& t, const Bf16Shape& s) {
 
 bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_sms) {
   const Bf16Tile& tile = kBf16Tiles[index];
-  if (!can_sum(tile, s)) return false;
-  const double tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
+  const int64_t tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
   if (tiles >= kMostTiles) return false;
-  if (!split) return true;
-  return blocks > 1 && tiles * blocks * (num_sms + 1) < (1ll << 32);
+  if (!split) return can_sum(tile, s, blocks);
+  if (blocks <= 1 || static_cast<double>(tiles) * blocks * (num_sms + 1) >= (1ll << 32)) {
+    return false;
+  }
+  // No CTA has more of a tile's K than its range has of all.
+  return can_sum(tile, s, std::min(blocks, ceil_div(tiles * blocks, num_sms)));
 }
 
 Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16Shape& s,
@@ -130,7 +133,7 @@ Bf16Config choose_bf16_config(const Bf16Shape& s, const GpuModel& gpu) {
 
 bool is_legal_grouped(int index, bool swapped, const GroupedBf16Shape& s) {
   const Bf16Tile& tile = kBf16Tiles[index];
-  return can_sum(tile, s.one) && most_tiles(tile, swapped, s) < kMostTiles;
+  return can_sum(tile, s.one, k_blocks(tile, s.one)) && most_tiles(tile, swapped, s) < kMostTiles;
 }
 
 Bf16Config evaluate_grouped_config(int index, bool swapped, const GroupedBf16Shape& s,

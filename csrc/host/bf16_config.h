@@ -56,9 +56,9 @@ constexpr bool has_any_k(int cols) {
 
 struct Bf16Shape {
   int64_t m, n, k;     // of one matrix
+  bool any_k = false;  // groups of K, which may begin and end anywhere
   int64_t batch = 1;   // products of this shape; GroupedBf16Shape counts its groups itself
   int64_t summed = 1;  // pairs of matrices that a product is the sum of
-  bool any_k = false;  // groups of K, which may begin and end anywhere
 };
 
 using GroupedBf16Shape = Grouped<Bf16Shape>;

@@ -22,14 +22,14 @@ class KSpans {
   __device__ __forceinline__ void load(int first) {
     begin_ = first > 0 ? from_lane(end_, kWarpSize - 1) : 0;
     first_ = first;
-    const int item = first + threadIdx.x % kWarpSize;
+    const int item = first + lane_id();
     const uint32_t total = groups_.tokens;  // below 2^30: no sum of two wraps around
     uint32_t sum =
         item < groups_.count ? min(max(load_readonly(groups_.index + item), 0), groups_.tokens) : 0;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       const uint32_t below = from_lane_below(sum, distance);
-      if (threadIdx.x % kWarpSize >= distance) sum = min(sum + below, total);
+      if (lane_id() >= distance) sum = min(sum + below, total);
     }
     end_ = static_cast<int32_t>(min(begin_ + sum, total));
   }

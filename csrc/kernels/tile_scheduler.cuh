@@ -34,12 +34,11 @@ class TileScheduler {
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    tile.group = index / tiles, tile.partial = -1;
+    tile.group = index / tiles, tile.partial = -1, tile.chain = 0;
     place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
     tile.k_begin = 0, tile.k_end = p.k_blocks;
-    tile.chain = 0;
     return tile;
   }
 

@@ -158,8 +158,8 @@ def op_tour(device: torch.device) -> Iterator[TourLine]:
         yield TourLine(
             "bf16_gemm", f"{M}x{N}x{K} bf16, {layout}", "FP64 product", error, EXACT_PRODUCT
         )
-    yield from einsum_lines(normal)
     yield from grouped_tour(x, w)
+    yield from einsum_lines(normal)
     fn = torch.randn(24, K, generator=generator).to(device)
     d, sqr_sum = ops.hc_prenorm(x, fn, eps=1e-6)
     normed = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6)

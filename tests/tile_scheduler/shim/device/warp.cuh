@@ -4,6 +4,8 @@
 
 namespace sm120 {
 
+inline constexpr int kWarpSize = 32;
+
 inline int from_lane(int value, int from) {
   simulated::check(from >= 0 && from < 32, "value of lane %d", from);
   return simulated::exchange(value)[from];
