@@ -31,7 +31,7 @@ namespace {
 
 struct Traits {
   static constexpr int kBlockRows = 64, kBlockCols = 16;
-  static constexpr bool kAnyK = false;
+  static constexpr bool kAnyK = true;
 };
 
 int draw(std::mt19937& random, int low, int high) {
@@ -225,12 +225,27 @@ void check_single(std::mt19937& random, Schedule schedule) {
   p->row_tiles = ceil_div(p->num_rows, Traits::kBlockRows);
   p->col_tiles = ceil_div(p->num_cols, Traits::kBlockCols);
   p->k_blocks = draw(random, 1, 9);
-  const int groups = schedule == Schedule::kTiles ? 1 : draw(random, 1, 6);
+  const bool spans = schedule == Schedule::kSpans;
+  const bool single = schedule == Schedule::kTiles;
+  const int groups = spans ? draw(random, 1, 100) : single ? 1 : draw(random, 1, 6);
   p->total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
-  std::vector<int> ends;
+  std::vector<int> ends, sizes;
   for (int g = 0, end = 0; g < groups; ++g) ends.push_back(end += draw(random, 0, 3));
-  p->groups.index = ends.data(), p->groups.count = groups;
-  simulated::readable_begin = ends.data(), simulated::readable_end = ends.data() + ends.size();
+  if (spans) {  // sizes that may be negative, or more than there is
+    const int total = draw(random, 0, 3) ? 200 * groups : 100;
+    p->groups.tokens = total;
+    ends.clear();
+    for (int g = 0, end = 0; g < groups; ++g) {
+      sizes.push_back(draw(random, 0, 9)   ? draw(random, 0, 200)
+                      : draw(random, 0, 1) ? -7
+                                           : 1 << 30);
+      end = static_cast<int>(std::min<int64_t>(total, int64_t{end} + max(sizes.back(), 0)));
+      ends.push_back(end);
+    }
+  }
+  const std::vector<int>& index = spans ? sizes : ends;
+  p->groups.index = index.data(), p->groups.count = groups;
+  simulated::readable_begin = index.data(), simulated::readable_end = index.data() + index.size();
   const int units = schedule == Schedule::kSplit ? static_cast<int>(p->total_blocks) : 1 << 30;
   const auto tiles = run_all(*p, min(draw(random, 1, 140), units));
   std::map<std::tuple<int, int, int>, std::vector<std::pair<int, int>>> parts;
@@ -243,14 +258,14 @@ void check_single(std::mt19937& random, Schedule schedule) {
   check(parts.size() == static_cast<size_t>(groups) * p->row_tiles * p->col_tiles, "tiles missing");
   for (auto& [place, ranges] : parts) {
     const int group = std::get<0>(place);
-    const bool by_blocks = schedule == Schedule::kBlocks;
-    int at = by_blocks && group > 0 ? ends[group - 1] : 0;
+    const bool own_k = by_blocks || spans;
+    int at = own_k && group > 0 ? ends[group - 1] : 0;
     std::sort(ranges.begin(), ranges.end());
     for (const auto& [begin, end] : ranges) {
       check(begin == at, "K-blocks %d .. %d missing", at, begin);
       at = end;
     }
-    check(at == (by_blocks ? ends[group] : p->k_blocks), "the last K-blocks are missing");
+    check(at == (own_k ? ends[group] : p->k_blocks), "the last K-blocks are missing");
   }
 }
 
@@ -266,6 +281,7 @@ int main() {
     check_single(random, Schedule::kSplit);
     check_single(random, Schedule::kBatch);
     check_single(random, Schedule::kBlocks);
+    check_single(random, Schedule::kSpans);
   }
   check_order();
   printf("every tile once\n");
