@@ -225,7 +225,7 @@ void check_single(std::mt19937& random, Schedule schedule) {
   p->row_tiles = ceil_div(p->num_rows, Traits::kBlockRows);
   p->col_tiles = ceil_div(p->num_cols, Traits::kBlockCols);
   p->k_blocks = draw(random, 1, 9);
-  const bool spans = schedule == Schedule::kSpans;
+  const bool by_blocks = schedule == Schedule::kBlocks, spans = schedule == Schedule::kSpans;
   const bool single = schedule == Schedule::kTiles;
   const int groups = spans ? draw(random, 1, 100) : single ? 1 : draw(random, 1, 6);
   p->total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
