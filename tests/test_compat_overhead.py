@@ -48,6 +48,8 @@ FLAT = (
     torch.empty(4 * 128 * 512, dtype=torch.float8_e4m3fn),
     torch.zeros(4, 128, dtype=torch.int32),
 )
+W3 = torch.empty(4, 128, 512, dtype=torch.bfloat16)
+FLAT_2D = torch.empty(2048, 128, dtype=torch.bfloat16)
 KS, KS_TENSOR = [512] * 4, torch.full((4,), 512, dtype=torch.int32)
 INDEX = torch.zeros(16, dtype=torch.int32)
 X = torch.zeros(1)
@@ -81,6 +83,21 @@ CALLS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
         bf16,
         "_gemm_out",
         lambda: deep_gemm.bf16_gemm_nt(X2, X2, D),
+    ),
+    "m_grouped_bf16_gemm_nt_contiguous": (
+        bf16,
+        "_contiguous_out",
+        lambda: deep_gemm.m_grouped_bf16_gemm_nt_contiguous(X2, W3, D, INDEX),
+    ),
+    "m_grouped_bf16_gemm_nt_masked": (
+        bf16,
+        "_masked_out",
+        lambda: deep_gemm.m_grouped_bf16_gemm_nt_masked(X2, W3, D, INDEX, 4),
+    ),
+    "k_grouped_bf16_gemm_tn_contiguous": (
+        bf16,
+        "_k_grouped_out",
+        lambda: deep_gemm.k_grouped_bf16_gemm_tn_contiguous(FLAT_2D, FLAT_2D, D3, KS, KS_TENSOR),
     ),
     "k_grouped_fp8_gemm_nt_contiguous": (
         k_grouped,
