@@ -31,7 +31,12 @@ __device__ __forceinline__ int fragment_column(int c) {
   return kMode == Access::kPairedFp8 ? 2 * (c & 3) + (c >> 2) : c;
 }
 
+// Steps of a row. A reader's kHeld is how many of them have an offset of their own, for native
+// loops to hold in registers: all, or 1 where a loop over steps is not unrolled.
 template <Access kMode, int kRowBytes>
+inline constexpr int kRowSteps = kRowBytes / kStepBytes<kMode>;
+
+template <Access kMode, int kRowBytes, int kHeld = kRowSteps<kMode, kRowBytes>>
 class ReaderA {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 2 : 4;
@@ -45,21 +50,23 @@ class ReaderA {
     const int chunk = kMode == Access::kPlain ? lane / 16 : 0;
     const uint32_t offset = swizzled<kRowBytes>(first_row + lane % 16, first_byte + 16 * chunk);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
+    for (int s = 0; s < kHeld; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
   }
 
   // r: [kRegs] of fragment m_tile (16 rows each) at the given step
   __device__ __forceinline__ void load(uint32_t (&r)[kRegs], uint32_t tile, int m_tile,
                                        int step) const {
-    ldmatrix<kRegs>(r, tile + offset_[step] + m_tile * 16 * kRowBytes);
+    ldmatrix<kRegs>(r, tile + offset(step) + m_tile * 16 * kRowBytes);
   }
 
  private:
-  static constexpr int kSteps = kRowBytes / kStepBytes<kMode>;
-  uint32_t offset_[kSteps];
+  __device__ __forceinline__ uint32_t offset(int step) const {
+    return kHeld == 1 ? offset_[0] ^ (step * kStepBytes<kMode>) : offset_[step];
+  }
+  uint32_t offset_[kHeld];
 };
 
-template <Access kMode, int kRowBytes, int kTiles>
+template <Access kMode, int kRowBytes, int kTiles, int kHeld = kRowSteps<kMode, kRowBytes>>
 class ReaderB {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;
@@ -78,13 +85,13 @@ class ReaderB {
       offset = swizzled<kRowBytes>(first_row + row, first_byte + 16 * (lane / 8 % 2));
     }
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
+    for (int s = 0; s < kHeld; ++s) offset_[s] = kept(offset ^ (s * kStepBytes<kMode>));
   }
 
   // r: [kTiles][kRegs], fragments of 8 rows each, at the given step
   __device__ __forceinline__ void load(uint32_t (&r)[kTiles][kRegs], uint32_t tile,
                                        int step) const {
-    const uint32_t address = tile + offset_[step];
+    const uint32_t address = tile + offset(step);
 #pragma unroll
     for (int j = 0; j < kTiles; j += kGroup) {
       if constexpr (kMode == Access::kPairedFp8) {
@@ -100,8 +107,10 @@ class ReaderB {
   static constexpr int kGroup = kMode == Access::kPairedFp8 || kTiles % 2        ? 1
                                 : kMode == Access::kPackedFp4 && kTiles % 4 == 0 ? 4
                                                                                  : 2;
-  static constexpr int kSteps = kRowBytes / kStepBytes<kMode>;
-  uint32_t offset_[kSteps];
+  __device__ __forceinline__ uint32_t offset(int step) const {
+    return kHeld == 1 ? offset_[0] ^ (step * kStepBytes<kMode>) : offset_[step];
+  }
+  uint32_t offset_[kHeld];
 };
 
 // ---- bf16 ---------------------------------------------------------------------------------------

@@ -145,10 +145,10 @@ template <class T>
 __device__ __forceinline__ void accumulate(const Work& work, PrenormRing<T>& ring,
                                            float (&d)[T::MT][T::NT][4],
                                            float (&squares)[T::MT][2][4], int unit_row) {
-  const ReaderA<Access::kPlain, 128> x_reader(unit_row);
+  const ReaderA<Access::kPlain, 128, 1> x_reader(unit_row);
   // Its 8-byte loads give lane 4g + t the values k = 2t, 2t + 1 of each 8, which is how ldmatrix
   // hands out bf16. They are the MMA's k = t and t + 4; any order will do if both sides share it.
-  const ReaderB<Access::kPairedFp8, 128, T::NT> fn_reader(0);
+  const ReaderB<Access::kPairedFp8, 128, T::NT, 1> fn_reader(0);
   for (int block = work.k_begin; block < work.k_end; ++block) {
     mbarrier_wait(ring.fn_full(), ring.slot.parity);
     mbarrier_wait(ring.x_full(), ring.unit.parity);
