@@ -13,7 +13,7 @@ import sm120_ops  # noqa: F401  registers the ops
 
 FORMATS = [(a, b) for a in ("mxfp8", "mxfp4") for b in ("mxfp8", "mxfp4")]
 SMS = (48, 132, 170, 188)  # GB10, H200, RTX 5090, RTX PRO 6000
-TILES = {(128, 128, 4), (128, 128, 2), (128, 64, 4), (64, 64, 4)} | {
+TILES = {(128, 256, 2), (128, 128, 4), (128, 128, 2), (128, 64, 4), (64, 64, 4)} | {
     (64, 32, 4),
     (64, 16, 4),
     (128, 16, 8),
@@ -65,9 +65,19 @@ def test_large_products_take_the_large_tile_whole(sms: int) -> None:
     for grans in ((32, 32), (128, 128)):
         config = choose(4096, 7168, 16384, ("mxfp8", "mxfp8"), grans, sms, sms != 132)
         assert (config["tile_rows"], config["tile_cols"]) == (128, 128)
-        emulated_coarse = sms == 132 and grans == (128, 128)
-        assert config["warps_down"] == (4 if emulated_coarse else 2)
+        emulated_fine = sms == 132 and grans == (32, 32)
+        assert config["warps_down"] == (2 if emulated_fine else 4)
         assert not config["split"]
+
+
+def test_the_widest_tile_is_for_native_fp4_in_whole_waves() -> None:
+    def columns(sms: int, native: bool) -> int:
+        config = choose(4096, 7168, 16384, ("mxfp4", "mxfp4"), (32, 32), sms, native)
+        return int(config["tile_cols"])
+
+    assert [columns(sms, True) for sms in (48, 188)] == [256, 256]
+    assert columns(170, True) == 128  # 896 tiles are 5.3 waves, 1792 of half the size 10.5
+    assert columns(132, False) == 128
 
 
 def test_few_tiles_with_long_k_are_split() -> None:
