@@ -25,8 +25,9 @@ double peak_flops_a_us(const GemmShape& s, bool native) {  // of one SM, with th
 }
 
 // Share of that rate another tile reaches: a smaller one has more loads and waits an MMA, and less
-// to hide latency with. 128 x 256 spills where it is emulated; native, it has but two stages of FP8,
-// and one place for scales, which then come late: they are asked for when the block before ends.
+// to hide latency with. 128 x 256 spills where it is emulated; native, it has but two stages of
+// FP8, and one place for scales, which then come late: they are asked for when the block before
+// ends.
 double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
   if (t.rows * t.cols > 128 * 128) {
     if (!native) return 0.3;
