@@ -90,7 +90,9 @@ def test_large_products_take_the_large_tile_whole() -> None:
 @pytest.mark.parametrize("sms", SMS)
 def test_long_sums_take_a_tile_that_cuts_them_into_chains(sms: int) -> None:
     for m, n in itertools.product(MS, (8, 2112, 7168)):
-        assert tile_of(choose(m, n, 32768, sms)) != (128, 128, 2, 2)
+        config = choose(m, n, 32768, sms)
+        # That tile has no room for chains. A split may take it: a CTA has but a part of K then.
+        assert config["split"] or tile_of(config) != (128, 128, 2, 2)
 
 
 def test_few_tiles_with_long_k_are_split() -> None:

@@ -70,13 +70,12 @@ def test_large_products_take_the_large_tile_whole(sms: int) -> None:
         assert not config["split"]
 
 
-def test_the_widest_tile_is_for_native_fp4_in_whole_waves() -> None:
+def test_the_widest_tile_is_for_native_fp4() -> None:
     def columns(sms: int, native: bool) -> int:
         config = choose(4096, 7168, 16384, ("mxfp4", "mxfp4"), (32, 32), sms, native)
         return int(config["tile_cols"])
 
-    assert [columns(sms, True) for sms in (48, 188)] == [256, 256]
-    assert columns(170, True) == 128  # 896 tiles are 5.3 waves, 1792 of half the size 10.5
+    assert [columns(sms, True) for sms in (48, 170, 188)] == [256, 256, 256]
     assert columns(132, False) == 128
 
 

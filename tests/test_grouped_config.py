@@ -79,11 +79,12 @@ def test_few_tokens_take_a_small_tile(sms: int, formats: tuple[str, str]) -> Non
 @pytest.mark.parametrize("sms", SMS)
 def test_prompts_take_the_large_tile(sms: int) -> None:
     for formats in FORMATS:
+        large = [(128, 128), (128, 256)] if formats == ("mxfp4", "mxfp4") else [(128, 128)]
         config = choose("grouped_gemm", 8192, 4096, 7168, 8, formats=formats, sms=sms)
-        assert (config["tile_rows"], config["tile_cols"]) == (128, 128)
+        assert (config["tile_rows"], config["tile_cols"]) in large
         config = choose("grouped_gemm_masked", 4096, 4096, 7168, 8, formats=formats, sms=sms,
                         expected_m=2000)  # fmt: skip
-        assert (config["tile_rows"], config["tile_cols"]) == (128, 128)
+        assert (config["tile_rows"], config["tile_cols"]) in large
 
 
 def test_no_tile_is_larger_than_what_a_segment_fills() -> None:

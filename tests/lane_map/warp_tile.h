@@ -151,10 +151,9 @@ struct WarpTile {
       }
       const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row, first_row_byte());
       const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col, first_col_byte());
-      Mma mma;
+      Mma mma(warp_row, warp_col);
       constexpr ScaleRead kRead = Scaling::kPerBlock ? ScaleRead::kCoarse : ScaleRead::kAny;
-      mma.template load_scales<kRead>(kRowsScaleAt + 4 * warp_row, kColsScaleAt + 4 * warp_col,
-                                      selector, selector);
+      mma.template load_scales<kRead>(kRowsScaleAt, kColsScaleAt, selector, selector);
       static_for<kBlockK / Mma::kStepK>([&](auto step) {
         constexpr int kStep = step;
         mma.template set_scales<kStep, Scaling>();

@@ -11,5 +11,8 @@ inline int lane_id() {
 inline uint32_t opaque(uint32_t v) {
   return v;
 }
+inline uint32_t kept(uint32_t v) {
+  return v;
+}
 
 }  // namespace sm120
