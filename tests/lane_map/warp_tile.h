@@ -69,10 +69,11 @@ static_assert(cute::detail::get_tma_swizzle_bits(TileSwizzle<64>{}) ==
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
-inline constexpr int kMaxTile = 128 * 128;
+inline constexpr int kMaxRows = 256, kMaxTile = kMaxRows * 128;
 inline constexpr int kRowsAt = 1024, kColsAt = kRowsAt + kMaxTile,
                      kRowsScaleAt = kColsAt + kMaxTile;
-inline constexpr int kColsScaleAt = kRowsScaleAt + 4 * 128, kMemory = kColsScaleAt + 4 * 128;
+inline constexpr int kColsScaleAt = kRowsScaleAt + 4 * kMaxRows,
+                     kMemory = kColsScaleAt + 4 * kMaxRows;
 
 // An element's tag has 16 bits; memory holds one of its nibbles at a time, which fits any format.
 inline constexpr int kPlanes = 4;
