@@ -131,6 +131,13 @@ def test_empty(device: torch.device) -> None:
         assert torch.equal(einsum(SUM, x, y, c=c), c)
 
 
+@pytest.mark.parametrize("form", ["packed", "scattered", "bytes", "e8m0", "float32"])
+@pytest.mark.parametrize("formats", [(FP8, FP8), (FP4, FP4)])
+def test_no_k(device: torch.device, formats: tuple[str, str], form: str) -> None:
+    case = dense("bhr,hdr->bhd", formats, (3, 5, 13, 0))
+    check_case(dataclasses.replace(case, forms=(form, form), memory_d="012"), device)
+
+
 def test_values_of_other_groups_stay_away(device: torch.device) -> None:
     """A NaN reaches the products of its own matrix alone, and there its row."""
     x = torch.randn(9, 3, 40, device=device).bfloat16()

@@ -117,6 +117,6 @@ def pack_group_scales(
     if padded != rows or rows % gran_mn != 0:
         scale = scale.repeat_interleave(gran_mn, 1)[:, :rows]
         scale, gran_mn = functional.pad(scale, (0, 0, 0, padded - rows), value=1), 1
-    flat = scale.reshape(-1, scale.shape[2])
+    flat = scale.flatten(0, 1)
     words = pack_scales_of(op, arg, flat, groups * padded, gran_mn, validate).t()
     return words.unflatten(1, (groups, padded))[:, :, :rows].permute(1, 2, 0)
