@@ -9,6 +9,7 @@
 #include "device/convert.cuh"
 #include "device/flag.cuh"
 #include "device/launch.cuh"
+#include "device/math.cuh"
 #include "device/operand.cuh"
 #include "device/tma.cuh"
 #include "device/warp.cuh"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kMathWarps = kPrenormMathWarps, kGroupWarps = 4;
 constexpr int kMathBarrier = 1;
+constexpr int kChainBlocks = 8;  // K-blocks whose squares are added without compensation
 constexpr int kPartsAtOnce = 8;  // that a thread of the reduction loads together
 
 template <int kColumnTiles>
@@ -119,23 +121,6 @@ __device__ __forceinline__ void produce(const PrenormParams& p, PrenormRing<T> r
 
 // ---- Consumer -----------------------------------------------------------------------------------
 
-// A float32 sum that keeps what rounding takes from it. Plain sums of thousands of squares of bf16
-// come out too small: such squares end in the same bits, and rounding to even then always goes
-// down.
-class LongSum {
- public:
-  __device__ __forceinline__ void add(float v) {
-    const float sum = sum_ + v;
-    lost_ += v - (sum - sum_);
-    sum_ = sum;
-  }
-  // Without an infinite sum's Inf - Inf.
-  __device__ __forceinline__ float value() const { return isinf(sum_) ? sum_ : sum_ + lost_; }
-
- private:
-  float sum_ = 0, lost_ = 0;
-};
-
 // A warp's sums over a part of K: fragments of d, and squares of rows 16 i + 8 h + g.
 template <class T>
 __device__ __forceinline__ void accumulate(const PrenormParams& p, const Work& work,
@@ -146,24 +131,33 @@ __device__ __forceinline__ void accumulate(const PrenormParams& p, const Work& w
   // Its 8-byte loads give lane 4g + t the values k = 2t, 2t + 1 of each 8, which is how ldmatrix
   // hands out bf16. They are the MMA's k = t and t + 4; any order will do if both sides share it.
   const ReaderB<Access::kPairedFp8, 128, T::NT, 1> fn_reader(0);
+  float chain[T::MT][2][4] = {};  // of squares; independent
   for (int block = work.k_begin; block < work.k_end; ++block) {
-    mbarrier_wait(ring.fn_full(), ring.slot.parity);
+    // x goes to registers whole and its place back at once: a ring of two blocks is short, and the
+    // next copy need not wait until this block is multiplied.
+    uint32_t x[4][T::MT][4];  // of a step of 16 k: rows g, g + 8 of k 0..7, then of k 8..15
     mbarrier_wait(ring.x_full(), ring.unit.parity);
-    float block_squares[T::MT][2][4] = {};  // in independent chains
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) x_reader.load(x[step][i], ring.x(), i, step);
+    }
+    release_stage(ring.x_empty());
+    mbarrier_wait(ring.fn_full(), ring.slot.parity);
 #pragma unroll T::kStepsAtOnce
-    for (int step = 0; step < 4 && any_rows; ++step) {  // 16 of K
+    for (int step = 0; step < 4 && any_rows; ++step) {
       uint32_t low[T::MT][4], high[T::MT][4];
 #pragma unroll
       for (int i = 0; i < T::MT; ++i) {
-        uint32_t pairs[4];  // rows g, g + 8 of k 0..7, then of k 8..15
-        x_reader.load(pairs, ring.x(), i, step);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          low[i][r] = pairs[r] << 16;
-          high[i][r] = pairs[r] & 0xffff0000u;
-          float (&chain)[4] = block_squares[i][r % 2];
-          chain[r / 2] = fmaf(float_of(low[i][r]), float_of(low[i][r]), chain[r / 2]);
-          chain[2 + r / 2] = fmaf(float_of(high[i][r]), float_of(high[i][r]), chain[2 + r / 2]);
+          low[i][r] = x[0][i][r] << 16;
+          high[i][r] = x[0][i][r] & 0xffff0000u;
+          float (&sum)[4] = chain[i][r % 2];
+          sum[r / 2] = fmaf(float_of(low[i][r]), float_of(low[i][r]), sum[r / 2]);
+          sum[2 + r / 2] = fmaf(float_of(high[i][r]), float_of(high[i][r]), sum[2 + r / 2]);
+          // Indices are constants in a loop that is not unrolled, too.
+          x[0][i][r] = x[1][i][r], x[1][i][r] = x[2][i][r], x[2][i][r] = x[3][i][r];
         }
       }
 #pragma unroll
@@ -182,18 +176,20 @@ __device__ __forceinline__ void accumulate(const PrenormParams& p, const Work& w
         }
       }
     }
+    release_stage(ring.fn_empty());
+    ring.slot.advance();
+    ring.unit.advance();
+    if (p.halves > 1) ring.unit.advance();  // the other group's
+    if (block % kChainBlocks < kChainBlocks - 1 && block + 1 < work.k_end) continue;
 #pragma unroll
     for (int i = 0; i < T::MT; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float (&chain)[4] = block_squares[i][h];
-        squares[i][h].add((chain[0] + chain[1]) + (chain[2] + chain[3]));
+        float (&sum)[4] = chain[i][h];
+        squares[i][h].add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        sum[0] = sum[1] = sum[2] = sum[3] = 0;
       }
     }
-    release_stage(ring.x_empty());
-    release_stage(ring.fn_empty());
-    ring.slot.advance();
-    for (int half = 0; half < p.halves; ++half) ring.unit.advance();  // the other group's too
   }
 }
 
