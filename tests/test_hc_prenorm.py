@@ -126,6 +126,16 @@ def test_rounding_of_fn(device: torch.device) -> None:
     assert d[:, 3].isnan().all()
 
 
+def test_infinite_rows(device: torch.device) -> None:
+    x, fn = inputs(device, 70, 24, 1024)
+    x[3, 500], x[64, 7] = torch.inf, torch.nan
+    sqr_sum = hc_prenorm(x, fn)[1]
+    assert sqr_sum[3].item() == torch.inf
+    assert sqr_sum[64].isnan()
+    sqr_sum[3], sqr_sum[64] = 0, 0
+    assert sqr_sum.isfinite().all()
+
+
 @pytest.mark.parametrize("padding", [0, 4, 64])
 def test_strides_and_out(device: torch.device, padding: int) -> None:
     for m, n, k in [(1, 24, 128), (37, 24, 512), (260, 8, 1024)]:
@@ -300,6 +310,45 @@ def test_graph_replay(m: int) -> None:
         expected = [*hc_prenorm(x, fn, eps=1e-6), *hc_prenorm(x, fn, num_splits=4)]
         for got, want in zip(captured, expected, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "k"), [(5000, 640), (17000, 1024), (40000, 320)])
+def test_many_tiles(m: int, k: int) -> None:
+    """More tiles of 256 rows than SMs, or nearly: K in few parts, several of them a CTA."""
+    for n in (24, 128):
+        x, fn = inputs(torch.device("cuda"), m, n, k)
+        d, sqr_sum = hc_prenorm(x, fn, eps=1e-6)
+        check(x, fn, d, sqr_sum, eps=1e-6)
+        again = hc_prenorm(x, fn, eps=1e-6)
+        assert torch.equal(again[0], d)
+        assert torch.equal(again[1], sqr_sum)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [13, 700])
+def test_concurrent_streams(m: int) -> None:
+    """Launches that overlap, directly and from graphs, each with a workspace of its own."""
+    x, fn = inputs(torch.device("cuda"), m, 24, 4096)
+    expected = hc_prenorm(x, fn)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    graphs, captured = [], []
+    for _ in streams:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.append(hc_prenorm(x, fn))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                results.append(hc_prenorm(x, fn))
+    torch.cuda.synchronize()
+    for d, sqr_sum in results + captured:
+        assert torch.equal(d, expected[0])
+        assert torch.equal(sqr_sum, expected[1])
 
 
 @pytest.mark.sanitizer

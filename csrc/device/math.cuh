@@ -26,4 +26,21 @@ __device__ __forceinline__ float sigmoid(float x) {
   return result;
 }
 
+// A float32 sum that keeps what rounding takes from it. Plain sums of thousands of squares of bf16
+// come out too small: such squares end in the same bits, and rounding to even then always goes
+// down.
+class LongSum {
+ public:
+  __device__ __forceinline__ void add(float v) {
+    const float sum = sum_ + v;
+    lost_ += v - (sum - sum_);
+    sum_ = sum;
+  }
+  // Without an infinite sum's Inf - Inf.
+  __device__ __forceinline__ float value() const { return isinf(sum_) ? sum_ : sum_ + lost_; }
+
+ private:
+  float sum_ = 0, lost_ = 0;
+};
+
 }  // namespace sm120

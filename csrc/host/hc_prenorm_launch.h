@@ -21,8 +21,9 @@ struct PrenormProblem {
 // Grid and workspace of a problem on a GPU of num_sms.
 struct PrenormPlan {
   int grid;
-  bool reduced;  // parts of K are summed through the workspace: a cooperative launch
-  int64_t workspace_floats;
+  int64_t splits;
+  bool reduced;  // they are summed through the workspace: a cooperative launch
+  int64_t workspace_bytes;
 };
 
 PrenormPlan plan_prenorm(const PrenormProblem& problem, int num_sms);

@@ -7,7 +7,9 @@
 #include "kernels/hc_prenorm.h"
 
 #include "device/convert.cuh"
+#include "device/flag.cuh"
 #include "device/launch.cuh"
+#include "device/math.cuh"
 #include "device/operand.cuh"
 #include "device/tma.cuh"
 #include "device/warp.cuh"
@@ -16,11 +18,15 @@ namespace sm120 {
 namespace {
 
 constexpr int kMathWarps = kPrenormMathWarps, kGroupWarps = 4;
+constexpr int kMathBarrier = 1;
+constexpr int kChainBlocks = 8;  // K-blocks whose squares are added without compensation
+constexpr int kPartsAtOnce = 8;  // that a thread of the reduction loads together
 
 template <int kColumnTiles>
 struct PrenormTraits {
   static constexpr int MT = 2, NT = kColumnTiles;
   static constexpr int kColumns = 8 * NT;
+  static constexpr int kRowVectors = prenorm_row_vectors(kColumns);
   // Steps of 16 k whose loads may overlap: two warps a scheduler hide little latency.
   static constexpr int kStepsAtOnce = NT <= 4 ? 4 : 1;
   // Shared-memory map: x units | fn slots | full, empty of the units | full, empty of the slots.
@@ -38,8 +44,8 @@ struct PrenormTraits {
   static constexpr int kSlotBarAt = kUnitBarAt + 16 * kUnits;
   static constexpr int kSmemBytes = kSlotBarAt + 16 * kSlots;
   static_assert(kSmemBytes <= kSmemLimit && kUnits >= 2 && kUnits % 2 == 0);
-  // The reduction reuses the map: sums of a round's rows for each warp.
-  static_assert(kMathWarps * kPrenormManyRows.rows * (kColumns + 1) * 4 <= kUnitBarAt);
+  // The reduction reuses the map: a vector of sums for each thread.
+  static_assert(16 * kPrenormMathThreads <= kUnitBarAt);
 };
 
 template <class T>
@@ -59,56 +65,30 @@ struct PrenormRing {
 // ---- Which part of which tile a CTA computes ----------------------------------------------------
 
 struct Work {
-  int tile, k_begin, k_end;  // K in blocks
-  int split;                 // output it belongs to
-  int partial;               // workspace slot, or -1
+  int split, tile;
+  int k_begin, k_end;  // in blocks
 };
 
-// splits > 0: tiles of split 0, of split 1, ... round-robin; the first k_blocks % splits splits
-// have a block more. splits = 0: all tiles' K-blocks laid end to end and cut into gridDim.x equal
-// ranges.
+// Tiles of split 0, of split 1, ... round-robin: CTAs that run side by side read the same fn.
 class PrenormScheduler {
  public:
-  __device__ explicit PrenormScheduler(const PrenormParams& p) : p_(p), next_(blockIdx.x) {
-    end_ = p.row_tiles * p.splits;
-    if (p.splits == 0) next_ = range_begin(p, blockIdx.x), end_ = range_begin(p, blockIdx.x + 1);
-  }
+  __device__ explicit PrenormScheduler(const PrenormParams& p) : p_(p), next_(blockIdx.x) {}
 
   __device__ __forceinline__ bool next(Work& work) {
-    if (next_ >= end_) return false;
-    const int per_tile = p_.splits > 0 ? p_.row_tiles : p_.k_blocks;
-    const int quotient = next_ / per_tile, rest = next_ - quotient * per_tile;
-    work.partial = -1;
-    if (p_.splits > 0) {
-      const int each = p_.k_blocks / p_.splits, more = p_.k_blocks - each * p_.splits;
-      work.split = quotient, work.tile = rest;
-      work.k_begin = quotient * each + min(quotient, more);
-      work.k_end = work.k_begin + each + (quotient < more);
-      next_ += gridDim.x;
-      return true;
-    }
-    work.split = 0, work.tile = quotient;
-    work.k_begin = rest;
-    work.k_end = min(p_.k_blocks, rest + end_ - next_);
-    if (work.k_end - work.k_begin < p_.k_blocks) work.partial = first_ ? 0 : 1;
-    next_ += work.k_end - work.k_begin;
-    first_ = false;
+    if (next_ >= p_.row_tiles * p_.splits) return false;
+    work.split = next_ / p_.row_tiles, work.tile = next_ - work.split * p_.row_tiles;
+    work.k_begin = first_block(work.split), work.k_end = first_block(work.split + 1);
+    next_ += gridDim.x;
     return true;
   }
 
-  // 32-bit: the host uses splits = 0 only where row_tiles * k_blocks * (gridDim.x + 1) fits.
-  static __device__ __forceinline__ int range_begin(const PrenormParams& p, uint32_t cta) {
-    return cta * (p.row_tiles * p.k_blocks) / gridDim.x;
-  }
-  // CTA whose range holds K-block `unit` of all tiles.
-  static __device__ __forceinline__ int owner(const PrenormParams& p, uint32_t unit) {
-    return ((unit + 1) * gridDim.x - 1) / (p.row_tiles * p.k_blocks);
+ private:
+  __device__ __forceinline__ int first_block(int split) const {
+    return split * p_.split_blocks + min(split, p_.longer_splits);
   }
 
- private:
   const PrenormParams& p_;
-  int next_, end_;
-  bool first_ = true;  // the tile the range begins in has workspace slot 0, the one it ends in 1
+  int next_;
 };
 
 // ---- Producer -----------------------------------------------------------------------------------
@@ -119,13 +99,15 @@ __device__ __forceinline__ void produce(const PrenormParams& p, PrenormRing<T> r
   tma_prefetch_map(&p.fn);
   PrenormScheduler scheduler(p);
   for (Work work; scheduler.next(work);) {
+#pragma unroll 1
     for (int block = work.k_begin; block < work.k_end; ++block) {
       mbarrier_wait(ring.fn_empty(), ring.slot.parity ^ 1);
       mbarrier_expect_tx(ring.fn_full(), T::kSlotBytes);
       tma_load_2d(ring.fn(), &p.fn, ring.fn_full(), 256 * block, 0);
       tma_load_2d(ring.fn() + T::kHalfSlotBytes, &p.fn, ring.fn_full(), 256 * block + 128, 0);
       ring.slot.advance();
-      for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+      for (int half = 0; half < p.halves; ++half) {
         mbarrier_wait(ring.x_empty(), ring.unit.parity ^ 1);
         mbarrier_expect_tx(ring.x_full(), T::kUnitBytes);
         tma_load_2d(ring.x(), &p.x, ring.x_full(), 128 * block,
@@ -139,33 +121,43 @@ __device__ __forceinline__ void produce(const PrenormParams& p, PrenormRing<T> r
 
 // ---- Consumer -----------------------------------------------------------------------------------
 
-// A warp's sums over a part of K: fragments of d, and squares of rows 16 i + 8 h + g in independent
-// chains, so that long sums lose little to rounding.
+// A warp's sums over a part of K: fragments of d, and squares of rows 16 i + 8 h + g.
 template <class T>
-__device__ __forceinline__ void accumulate(const Work& work, PrenormRing<T>& ring,
-                                           float (&d)[T::MT][T::NT][4],
-                                           float (&squares)[T::MT][2][4], int unit_row) {
+__device__ __forceinline__ void accumulate(const PrenormParams& p, const Work& work,
+                                           PrenormRing<T>& ring, float (&d)[T::MT][T::NT][4],
+                                           LongSum (&squares)[T::MT][2], int unit_row,
+                                           bool any_rows) {
   const ReaderA<Access::kPlain, 128, 1> x_reader(unit_row);
   // Its 8-byte loads give lane 4g + t the values k = 2t, 2t + 1 of each 8, which is how ldmatrix
   // hands out bf16. They are the MMA's k = t and t + 4; any order will do if both sides share it.
   const ReaderB<Access::kPairedFp8, 128, T::NT, 1> fn_reader(0);
+  float chain[T::MT][2][4] = {};  // of squares; independent
   for (int block = work.k_begin; block < work.k_end; ++block) {
-    mbarrier_wait(ring.fn_full(), ring.slot.parity);
+    // x goes to registers whole and its place back at once: a ring of two blocks is short, and the
+    // next copy need not wait until this block is multiplied.
+    uint32_t x[4][T::MT][4];  // of a step of 16 k: rows g, g + 8 of k 0..7, then of k 8..15
     mbarrier_wait(ring.x_full(), ring.unit.parity);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) x_reader.load(x[step][i], ring.x(), i, step);
+    }
+    release_stage(ring.x_empty());
+    mbarrier_wait(ring.fn_full(), ring.slot.parity);
 #pragma unroll T::kStepsAtOnce
-    for (int step = 0; step < 4; ++step) {  // 16 of K
+    for (int step = 0; step < 4 && any_rows; ++step) {
       uint32_t low[T::MT][4], high[T::MT][4];
 #pragma unroll
       for (int i = 0; i < T::MT; ++i) {
-        uint32_t pairs[4];  // rows g, g + 8 of k 0..7, then of k 8..15
-        x_reader.load(pairs, ring.x(), i, step);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          low[i][r] = pairs[r] << 16;
-          high[i][r] = pairs[r] & 0xffff0000u;
-          float (&chain)[4] = squares[i][r % 2];
-          chain[r / 2] = fmaf(float_of(low[i][r]), float_of(low[i][r]), chain[r / 2]);
-          chain[2 + r / 2] = fmaf(float_of(high[i][r]), float_of(high[i][r]), chain[2 + r / 2]);
+          low[i][r] = x[0][i][r] << 16;
+          high[i][r] = x[0][i][r] & 0xffff0000u;
+          float (&sum)[4] = chain[i][r % 2];
+          sum[r / 2] = fmaf(float_of(low[i][r]), float_of(low[i][r]), sum[r / 2]);
+          sum[2 + r / 2] = fmaf(float_of(high[i][r]), float_of(high[i][r]), sum[2 + r / 2]);
+          // Indices are constants in a loop that is not unrolled, too.
+          x[0][i][r] = x[1][i][r], x[1][i][r] = x[2][i][r], x[2][i][r] = x[3][i][r];
         }
       }
 #pragma unroll
@@ -184,11 +176,20 @@ __device__ __forceinline__ void accumulate(const Work& work, PrenormRing<T>& rin
         }
       }
     }
-    release_stage(ring.x_empty());
     release_stage(ring.fn_empty());
     ring.slot.advance();
-    ring.unit.advance();  // the other group's
     ring.unit.advance();
+    if (p.halves > 1) ring.unit.advance();  // the other group's
+    if (block % kChainBlocks < kChainBlocks - 1 && block + 1 < work.k_end) continue;
+#pragma unroll
+    for (int i = 0; i < T::MT; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float (&sum)[4] = chain[i][h];
+        squares[i][h].add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        sum[0] = sum[1] = sum[2] = sum[3] = 0;
+      }
+    }
   }
 }
 
@@ -196,109 +197,138 @@ __device__ __forceinline__ float rms_factor(const PrenormParams& p, float sqr_su
   return p.scale ? rsqrtf(sqr_sum * p.inverse_k + p.eps) : 1.f;
 }
 
-// A warp's sums to the output, or to the workspace if they are a part only. `row`: of the tile.
-template <class T>
-__device__ __forceinline__ void store(const PrenormParams& p, const Work& work,
-                                      const float (&d)[T::MT][T::NT][4],
-                                      const float (&squares)[T::MT][2][4], int row) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  const bool whole = work.partial < 0;
-  const int slot_rows = min(p.m, kPrenormRows);
-  float* partial = p.workspace + (2ll * blockIdx.x + work.partial) * slot_rows * (p.n + 1);
+// Calls `use` with each row of x of which a lane has sums, its place in the fragments (i, h) and
+// its sum of squares. No row number overflows: the last tile ends below 2^31.
+template <class T, class Use>
+__device__ __forceinline__ void for_rows(const PrenormParams& p, const LongSum (&squares)[T::MT][2],
+                                         int first_m, Use use) {
 #pragma unroll
   for (int i = 0; i < T::MT; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float (&chain)[4] = squares[i][h];
-      float sqr_sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-      sqr_sum = add_across(add_across(sqr_sum, 1), 2);
-      const int tile_row = row + 16 * i + 8 * h + g;
-      const int64_t m = static_cast<int64_t>(work.tile) * kPrenormRows + tile_row;
-      if (m >= p.m) continue;
-      const int64_t out_row = static_cast<int64_t>(work.split) * p.m + m;
-      float* out = whole ? p.d + out_row * p.n : partial + tile_row * (p.n + 1);
-      const float factor = whole ? rms_factor(p, sqr_sum) : 1.f;
-      if (t == 0) *(whole ? p.sqr_sum + out_row : out + p.n) = sqr_sum;
-#pragma unroll
-      for (int j = 0; j < T::NT; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int n = 8 * j + fragment_column<Access::kPairedFp8>(2 * t + e);
-          if (n < p.n) out[n] = d[i][j][2 * h + e] * factor;
-        }
-      }
+      const float sqr_sum = add_across(add_across(squares[i][h].value(), 1), 2);
+      const int m = first_m + 16 * i + 8 * h + lane_id() / 4;
+      if (m < p.m) use(m, i, h, sqr_sum);
     }
   }
 }
 
-// After the grid barrier: every row of a tile that was cut is summed over its CTAs, in an order
-// that depends on shape and grid alone, by one warp or, where that is quicker, by up to eight. A
-// warp, or those that share, takes kRows neighbouring rows at a time.
-template <int kRows, int kParts>
-__device__ __forceinline__ void reduce_partials(const PrenormParams& p, float* scratch) {
-  const auto wait = [&] {
-    p.sharing > 1 ? named_barrier<1, kMathWarps * kWarpSize>() : __syncwarp();
-  };
-  const int warp = threadIdx.x / kWarpSize, width = p.n + 1, share = warp % p.sharing;
-  const int rows_at_once = kMathWarps / p.sharing * kRows;
-  const int64_t slot_size = static_cast<int64_t>(min(p.m, kPrenormRows)) * width;
-  float* mine = scratch + warp * kRows * width;
-  for (int row0 = blockIdx.x * rows_at_once; row0 < p.m; row0 += gridDim.x * rows_at_once) {
-    const int m0 = row0 + warp / p.sharing * kRows;
-    // All in one tile: kPrenormRows is a multiple of kRows.
-    const int tile = m0 / kPrenormRows, first_block = tile * p.k_blocks;
-    const int first = PrenormScheduler::owner(p, first_block);
-    const int last = PrenormScheduler::owner(p, first_block + p.k_blocks - 1);
-    const int rows = first != last ? min(kRows, p.m - m0) : 0;
-    // The first CTA's range may begin in the tile before; all others begin in this one.
-    const int first_slot = PrenormScheduler::range_begin(p, first) < first_block;
-    const float* row = p.workspace + m0 % kPrenormRows * width;
-    if (rows > 0) {
-      for (int n = lane_id(); n < width; n += kWarpSize) {
-        float sum[kRows] = {};
+// A warp's sums to the output.
+template <class T>
+__device__ __forceinline__ void store(const PrenormParams& p, const Work& work,
+                                      const float (&d)[T::MT][T::NT][4],
+                                      const LongSum (&squares)[T::MT][2], int first_row) {
+  const int t = lane_id() % 4;
+  for_rows<T>(p, squares, work.tile * kPrenormRows + first_row,
+              [&](int m, int i, int h, float sqr_sum) {
+                const int64_t out_row = static_cast<int64_t>(work.split) * p.m + m;
+                float* out = p.d + out_row * p.n;
+                const float factor = rms_factor(p, sqr_sum);
+                if (t == 0) p.sqr_sum[out_row] = sqr_sum;
+#pragma unroll
+                for (int j = 0; j < T::NT; ++j) {
+#pragma unroll
+                  for (int e = 0; e < 2; ++e) {
+                    const int n = 8 * j + fragment_column<Access::kPairedFp8>(2 * t + e);
+                    if (n < p.n) out[n] = d[i][j][2 * h + e] * factor;
+                  }
+                }
+              });
+}
+
+// ---- Parts of K, from CTA to CTA ----------------------------------------------------------------
+//
+// A group of rows is reduced as soon as all its parts have a flag raised.
+// Nobody has to clear flags beforehand: raised they have the launch's token, 64 bits that memory
+// does not hold by chance; and who has seen one takes it down, so that the token of a graph's
+// earlier replay is not found either. CTAs wait for each other, so all must run at once: a
+// cooperative launch.
+
+// Where row m has its sums over a split's part of K, and where the flag is of a group of rows that
+// begins with it.
+template <class T>
+__device__ __forceinline__ float4* partial_row(const PrenormParams& p, int split, int m) {
+  return p.workspace + (static_cast<int64_t>(split) * p.m + m) * T::kRowVectors;
+}
+__device__ __forceinline__ uint64_t* group_flag(const PrenormParams& p, int split, int m) {
+  return p.flags + static_cast<int64_t>(split) * p.m + m;
+}
+
+template <class T>
+__device__ __forceinline__ void store_partial(const PrenormParams& p, const Work& work,
+                                              const float (&d)[T::MT][T::NT][4],
+                                              const LongSum (&squares)[T::MT][2], int first_row) {
+  const int t = lane_id() % 4;
+  for_rows<T>(p, squares, work.tile * kPrenormRows + first_row,
+              [&](int m, int i, int h, float sqr_sum) {
+                float* out = reinterpret_cast<float*>(partial_row<T>(p, work.split, m));
+#pragma unroll
+                for (int j = 0; j < T::NT; ++j) {
+                  *reinterpret_cast<float2*>(out + 8 * j + 2 * t) =
+                      make_float2(d[i][j][2 * h], d[i][j][2 * h + 1]);
+                }
+                out[T::kColumns + t] = sqr_sum;
+              });
+  static_assert(T::MT * 16 == kPrenormGroupRows);
+  const int row = lane_id() * p.group_rows, m = work.tile * kPrenormRows + first_row + row;
+  raise_flags(row < kPrenormGroupRows && m < p.m, group_flag(p, work.split, m), p.token);
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+
+// A row is summed over the splits in an order that depends on the shape alone. Groups of rows go
+// round-robin. A thread sums one vector of a group over every p.sharing-th split; the sums of those
+// that share it meet in shared memory.
+template <class T>
+__device__ __forceinline__ void reduce_partials(const PrenormParams& p, int thread,
+                                                float4* scratch) {
+  const int vectors = p.group_rows * T::kRowVectors;
+  const int share = thread / vectors, v = thread - share * vectors;
+  const int row = v / T::kRowVectors, column = 4 * (v % T::kRowVectors);
+  const int step = gridDim.x * p.group_rows;
+  for (int m0 = blockIdx.x * p.group_rows; m0 < p.m; m0 += step) {
+    for (int split = thread; split < p.splits; split += kPrenormMathThreads) {
+      take_flag(group_flag(p, split, m0), p.token);
+    }
+    // All flags have been seen, and nobody reads `scratch` or the ring any more.
+    named_barrier<kMathBarrier, kPrenormMathThreads>();
+    const bool present = row < p.m - m0 && share < p.sharing;
+    if (present) {
+      float4 sum{};
 #pragma unroll 1
-        for (int cta0 = first + share; cta0 <= last; cta0 += kParts * p.sharing) {
-          float part[kParts][kRows];  // loaded together: latency counts here
+      for (int split0 = share; split0 < p.splits; split0 += kPartsAtOnce * p.sharing) {
+        float4 part[kPartsAtOnce];
 #pragma unroll
-          for (int c = 0; c < kParts; ++c) {
-            const int cta = cta0 + c * p.sharing, slot = cta == first ? first_slot : 0;
-            const float* from = row + (2 * cta + slot) * slot_size + n;
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              part[c][r] = cta <= last && r < rows ? from[r * width] : 0.f;
-            }
-          }
-#pragma unroll
-          for (int c = 0; c < kParts; ++c) {
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) sum[r] += part[c][r];
-          }
+        for (int c = 0; c < kPartsAtOnce; ++c) {
+          const int split = min(split0 + c * p.sharing, p.splits - 1);
+          part[c] = partial_row<T>(p, split, m0)[v];
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) mine[r * width + n] = sum[r];
-      }
-    }
-    wait();
-    if (share == 0) {
-      const auto total = [&](int at) {
-        float part[kMathWarps], sum = 0;
-#pragma unroll
-        for (int s = 0; s < kMathWarps; ++s) {
-          part[s] = s < p.sharing ? mine[s * kRows * width + at] : 0.f;
+        for (int c = 0; c < kPartsAtOnce; ++c) {
+          if (split0 + c * p.sharing < p.splits) add(sum, part[c]);
         }
-#pragma unroll
-        for (int s = 0; s < kMathWarps; ++s) sum += part[s];
-        return sum;
-      };
-      for (int r = 0; r < rows; ++r) {
-        const float squares = total(r * width + p.n), factor = rms_factor(p, squares);
-        float* d = p.d + static_cast<int64_t>(m0 + r) * p.n;
-#pragma unroll 1
-        for (int n = lane_id(); n < p.n; n += kWarpSize) d[n] = total(r * width + n) * factor;
-        if (lane_id() == 0) p.sqr_sum[m0 + r] = squares;
       }
+      scratch[share * vectors + v] = sum;
     }
-    wait();
+    named_barrier<kMathBarrier, kPrenormMathThreads>();
+    if (!present || share > 0) continue;
+    float4 sum{}, squares{};
+#pragma unroll 4
+    for (int s = 0; s < p.sharing; ++s) {
+      const float4* shared_row = scratch + s * vectors + row * T::kRowVectors;
+      add(sum, shared_row[column / 4]);
+      add(squares, shared_row[T::kRowVectors - 1]);
+    }
+    const int m = m0 + row;
+    if (column == T::kColumns) p.sqr_sum[m] = squares.x;
+    if (column >= p.n) continue;
+    const float factor = rms_factor(p, squares.x);
+    float* out = p.d + static_cast<int64_t>(m) * p.n + column / 8 * 8;
+    const auto n = [&](int e) { return fragment_column<Access::kPairedFp8>(column % 8 + e); };
+    out[n(0)] = sum.x * factor, out[n(1)] = sum.y * factor;
+    out[n(2)] = sum.z * factor, out[n(3)] = sum.w * factor;
   }
 }
 
@@ -315,7 +345,7 @@ __global__ void __launch_bounds__(kPrenormThreads, 1)
     }
     for (int s = 0; s < T::kSlots; ++s) {
       mbarrier_init(ring.base + T::kSlotBarAt + 16 * s, 1);
-      mbarrier_init(ring.base + T::kSlotBarAt + 16 * s + 8, kMathWarps);
+      mbarrier_init(ring.base + T::kSlotBarAt + 16 * s + 8, p.halves * kGroupWarps);
     }
     mbarrier_init_fence();
   }
@@ -325,28 +355,25 @@ __global__ void __launch_bounds__(kPrenormThreads, 1)
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<40>();
-    if (threadIdx.x == kMathWarps * kWarpSize) produce<T>(p, ring);
-    if (p.splits == 0) grid_barrier();
+    if (threadIdx.x == kPrenormMathThreads) produce<T>(p, ring);
     return;
   }
   grow_registers<232>();
   const int group = warp / kGroupWarps, unit_row = warp % kGroupWarps * T::MT * 16;
+  const int first_row = group * (kPrenormRows / 2) + unit_row;
   if (group == 1) ring.unit.advance();
   PrenormScheduler scheduler(p);
-  for (Work work; scheduler.next(work);) {
-    float d[T::MT][T::NT][4] = {}, squares[T::MT][2][4] = {};
-    accumulate<T>(work, ring, d, squares, unit_row);
-    store<T>(p, work, d, squares, group * (kPrenormRows / 2) + unit_row);
-  }
-  if (p.splits == 0) {
-    grid_barrier();
-    float* scratch = reinterpret_cast<float*>(smem);
-    if (p.many_rows) {
-      reduce_partials<kPrenormManyRows.rows, kPrenormManyRows.parts>(p, scratch);
+  for (Work work; group < p.halves && scheduler.next(work);) {
+    float d[T::MT][T::NT][4] = {};
+    LongSum squares[T::MT][2];
+    accumulate<T>(p, work, ring, d, squares, unit_row, work.tile * kPrenormRows + first_row < p.m);
+    if (p.reduced) {
+      store_partial<T>(p, work, d, squares, first_row);
     } else {
-      reduce_partials<kPrenormManyParts.rows, kPrenormManyParts.parts>(p, scratch);
+      store<T>(p, work, d, squares, first_row);
     }
   }
+  if (p.reduced) reduce_partials<T>(p, threadIdx.x, reinterpret_cast<float4*>(smem));
 }
 
 template <int kColumnTiles>

@@ -8,30 +8,36 @@
 
 namespace sm120 {
 
-inline constexpr int kPrenormRows = 256;   // rows of x a tile covers
-inline constexpr int kPrenormBlockK = 64;  // K of the main loop's unit
-inline constexpr int kPrenormMathWarps = 8;
-inline constexpr int kPrenormThreads = 384;  // 8 math warps + 4 producer warps
-// A warp reduces one row, of many parts, or several rows of fewer parts: what a lane loads
-// together.
-struct PrenormRound {
-  int rows, parts;
-};
-inline constexpr PrenormRound kPrenormManyParts{1, 17}, kPrenormManyRows{4, 9};
+inline constexpr int kPrenormRows = 256;      // rows of x a tile covers
+inline constexpr int kPrenormGroupRows = 32;  // rows of a tile that one warp has
+inline constexpr int kPrenormBlockK = 64;     // K of the main loop's unit
+inline constexpr int kPrenormCopyWarps = 4, kPrenormMathWarps = 8;
+inline constexpr int kPrenormThreads = 32 * (kPrenormCopyWarps + kPrenormMathWarps);
+inline constexpr int kPrenormMathThreads = 32 * kPrenormMathWarps;
+
+// 16-byte vectors of a row of partial sums: an instance's columns in the order of fragments, then
+// sqr_sum, four times.
+inline constexpr int prenorm_row_vectors(int columns) {
+  return columns / 4 + 1;
+}
 
 struct PrenormParams {
-  CUtensorMap x;   // bytes [M, 2 K], box [kPrenormRows / 2, 128], swizzled
-  CUtensorMap fn;  // bytes [N, 4 K], box [8 * tiles, 128], swizzled
-  float* d;        // [M, N], or [splits, M, N]
-  float* sqr_sum;  // [M], or [splits, M]
-  // splits = 0 only: [2 * grid][min(M, kPrenormRows)][N + 1] partial sums, sqr_sum in the last
-  // column
-  float* workspace;
+  CUtensorMap x;      // bytes [M, 2 K], box [kPrenormRows / 2, 128], swizzled
+  CUtensorMap fn;     // bytes [N, 4 K], box [8 * tiles, 128], swizzled
+  float* d;           // [M, N], or [splits, M, N]
+  float* sqr_sum;     // [M], or [splits, M]
+  float4* workspace;  // reduced: partial sums, [splits, M, prenorm_row_vectors]
+  uint64_t* flags;    // reduced: [splits, M], `token` where a group begins whose sums are there
+  uint64_t token;
   int32_t m, n, row_tiles, k_blocks;
-  int32_t splits;   // > 0: K in that many parts, each with an output of its own; 0: reduced here
-  int32_t sharing;  // splits = 0: warps that share the reduction of a row: 1, 2, 4 or 8
-  bool many_rows;   // splits = 0: which PrenormRound
-  bool scale;       // d *= rsqrt(sqr_sum * inverse_k + eps)
+  int32_t halves;  // of a tile that have rows: 1 if M <= kPrenormRows / 2, and 2
+  int32_t splits;  // parts of K
+  int32_t split_blocks, longer_splits;  // K-blocks of each, and how many of them have one more
+  bool reduced;                         // the splits are summed here; if not, each is an output
+  // reduced: rows of a group (a power of two up to kPrenormGroupRows), and threads that share a
+  // vector of it
+  int32_t group_rows, sharing;
+  bool scale;  // d *= rsqrt(sqr_sum * inverse_k + eps)
   float inverse_k, eps;
 };
 

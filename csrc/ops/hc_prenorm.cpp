@@ -74,7 +74,7 @@ void run(PrenormProblem& p, const Tensor& d, const Tensor& sqr_sum, int32_t devi
   const PrenormPlan plan = plan_prenorm(p, gpu.sm_count);
   const DeviceGuard guard(device);
   std::optional<Tensor> workspace;
-  if (plan.reduced) workspace = empty_cuda({plan.workspace_floats}, ScalarType::Float, device);
+  if (plan.reduced) workspace = empty_cuda({plan.workspace_bytes / 4}, ScalarType::Float, device);
   SM120_OPS_CUDA_CHECK(kOp, launch_prenorm(p, plan, workspace ? workspace->data_ptr() : nullptr,
                                            current_stream(device)));
 }
