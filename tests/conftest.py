@@ -56,6 +56,18 @@ def no_cuda_error_left(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.cuda.synchronize()
 
 
+@pytest.fixture
+def filled_allocations() -> Iterator[None]:
+    """torch fills whatever it allocates.
+
+    The flags of a split product (device/flag.cuh) are read before anyone has written them, and may
+    hold anything until then. Initcheck cannot know: here they hold torch's filling.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def toolchain() -> tuple[Path, Path]:
     """nvcc and the CuTe headers, found as the build finds them."""

@@ -345,6 +345,7 @@ def test_graph_replay(formats: tuple[str, str], b: int) -> None:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("filled_allocations")
 @pytest.mark.parametrize("formats", [("bf16", "bf16"), (FP8, FP8), (FP4, FP4)])
 def test_sanitizer(formats: tuple[str, str]) -> None:
     """Built on the CPU, for racecheck and initcheck are slow with the tests' own kernels."""

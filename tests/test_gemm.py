@@ -365,6 +365,7 @@ def test_opcheck(device: torch.device) -> None:
 # Each tile, orientation and schedule at sizes that compute-sanitizer gets through: ragged in every
 # dimension, and with more tiles or K-blocks than one.
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("filled_allocations")
 @pytest.mark.parametrize(("fmt_a", "fmt_b"), PAIRS)
 @pytest.mark.parametrize("gran_k", [32, 128])
 def test_sanitizer_gemm(fmt_a: str, fmt_b: str, gran_k: int) -> None:

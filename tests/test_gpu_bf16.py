@@ -121,6 +121,7 @@ def test_graph_replay(m: int) -> None:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("filled_allocations")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sanitizer(layout: str) -> None:
     for m, n, k in [(133, 140, 544), (5, 24, 96)]:

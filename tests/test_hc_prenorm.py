@@ -352,6 +352,7 @@ def test_concurrent_streams(m: int) -> None:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.usefixtures("filled_allocations")
 @pytest.mark.parametrize("n", [8, 24, 128])
 def test_sanitizer(n: int) -> None:
     for m, k, splits in [(1, 64, None), (300, 512, None), (13, 1024, None), (260, 320, 3)]:
