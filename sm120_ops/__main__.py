@@ -12,6 +12,8 @@ from sm120_ops._console import UsageError, make_console
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from sm120_ops.bench import FAMILIES
+
     parser = argparse.ArgumentParser(
         prog="python -m sm120_ops",
         description="Block-scaled MXFP8 and MXFP4 kernels for SM120 and SM121 GPUs.",
@@ -42,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--families",
         nargs="+",
         metavar="NAME",
-        help="gemm, quantize, overhead, grouped, k_grouped, moe, moe_steps, mqa; default: all",
+        help=f"some of {', '.join(FAMILIES)}; default: all",
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sm120_ops import device, selftest
+from sm120_ops import bench, device, selftest
 from sm120_ops.__main__ import main
 from sm120_ops.selftest import cases, formulas
 
@@ -156,6 +156,19 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "nonsense" in capsys.readouterr().err
     assert main(["selftest", "--report", str(tmp_path / "none" / "report.json")]) == 2
     assert "report.json" in capsys.readouterr().err
+
+
+def test_bench_help_names_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    """And every file of the benchmark that has lines is a family."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"some of {', '.join(bench.FAMILIES)}; default: all" in text
+    folder = Path(bench.__file__).parent
+    with_lines = {
+        path.stem for path in folder.glob("*.py") if "def run(context: Context)" in path.read_text()
+    }
+    assert with_lines == set(bench.FAMILIES)
 
 
 # ---- selftest ------------------------------------------------------------------------------------
