@@ -27,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model", type=Path, metavar="DIR", help="local copy of all-MiniLM-L6-v2 (FP32 or BF16)"
     )
-    demo.add_argument("--ops", action="store_true", help="run each op once instead of the model")
+    demo.add_argument(
+        "--ops", action="store_true", help="each op on data of the model, or random data"
+    )
     demo.add_argument(
         "--moe", action="store_true", help="the model's feed-forward layers as mixtures of experts"
     )
