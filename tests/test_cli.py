@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from op_samples import registered
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sm120_ops import bench, device, selftest
 from sm120_ops.__main__ import main
@@ -234,6 +236,26 @@ def test_selftest_notices_wrong_results() -> None:
     outside = out.clone()
     outside[0, -1] = 0  # the gap between rows belongs to nobody
     assert not product.error(outside) <= 1
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sm120":
+            self.names.add(func._schema.name.removeprefix("sm120::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_selftest_runs_every_op() -> None:
+    with torch.no_grad(), Seen() as seen:
+        for members in selftest.all_cases(quick=True).values():
+            for case in members:
+                case.run(torch.device("cpu"))
+    inside = {"moe_route", "moe_activation", "moe_combine"}  # of moe, whose kernel calls them
+    assert seen.names | inside == {name.partition(".")[0] for name in registered()}
 
 
 def test_selftest_reports_a_case_that_raises() -> None:
