@@ -12,6 +12,8 @@ from sm120_ops._console import UsageError, make_console
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from sm120_ops.bench import FAMILIES
+
     parser = argparse.ArgumentParser(
         prog="python -m sm120_ops",
         description="Block-scaled MXFP8 and MXFP4 kernels for SM120 and SM121 GPUs.",
@@ -25,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model", type=Path, metavar="DIR", help="local copy of all-MiniLM-L6-v2 (FP32 or BF16)"
     )
-    demo.add_argument("--ops", action="store_true", help="run each op once instead of the model")
+    demo.add_argument(
+        "--ops", action="store_true", help="each op on data of the model, or random data"
+    )
     demo.add_argument(
         "--moe", action="store_true", help="the model's feed-forward layers as mixtures of experts"
     )
@@ -42,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--families",
         nargs="+",
         metavar="NAME",
-        help="gemm, quantize, overhead, grouped, k_grouped, moe, moe_steps, mqa; default: all",
+        help=f"some of {', '.join(FAMILIES)}; default: all",
     )
     bench.add_argument("--no-peers", action="store_true", help="leave out torch and Triton")
     bench.add_argument(

@@ -18,6 +18,7 @@ from sm120_ops import bench, device
 from sm120_ops._console import UsageError
 from sm120_ops.bench import (
     bf16,
+    bf16_grouped,
     gemm,
     grouped,
     hc_prenorm,
@@ -157,12 +158,46 @@ def test_gemm_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bf16_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tuple(bf16.Case(24, 40, 64, layout) for layout in ("nt", "nn", "tn", "tt"))
     monkeypatch.setattr(bf16, "TABLE", (*table, bf16.Case(1, 48, 64, mark=bf16._at_most(14))))
+    monkeypatch.setattr(bf16_grouped, "lines", lambda context: iter(()))
     lines = list(bf16.run(context))
     ours = [line for line in lines if line.provider == "sm120_ops"]
     assert len(lines) == 2 * len(ours) == 10
     assert all(line.diff is not None and line.diff < 1e-5 for line in ours)
     assert ours[-1].verdict == "pass"
     assert ours[0].bytes == 2 * 64 * 64 + 2 * 24 * 40
+
+
+def test_bf16_grouped_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = grouped.Model(64, 24, 2, 40, gemm.FP8_128)  # three experts on each GPU
+    monkeypatch.setitem(grouped.MODELS, "small", small)
+    monkeypatch.setitem(bf16_grouped.MODELS, "standard", ("small",))
+    monkeypatch.setitem(bf16_grouped.TOKENS, "standard", (1, 60))
+    monkeypatch.setitem(k_grouped.SHAPES, "standard", (k_grouped.Shape(4, 32, 64, 384),))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    lines = list(bf16_grouped.lines(context))
+    ours = [line for line in lines if line.provider == "sm120_ops"]
+    names = [line.name.rsplit(", ")[-1] for line in ours]
+    assert names == ["contiguous", "psum", "masked"] * 4 + ["k-grouped tn"]
+    with_rows = [line for line in ours if line.flops]
+    assert len(with_rows) > len(ours) // 2
+    assert all(line.diff is not None and line.diff < 1e-5 for line in with_rows)
+    gate_up = next(line for line in ours if "60 tokens" in line.name)
+    assert gate_up.weight_bytes == 3 * 80 * 64 * 2
+    assert gate_up.shape.endswith("on 3/3 80x64")
+    loops = [line for line in lines if line.provider.startswith("torch.matmul")]
+    assert len(loops) == 5
+    assert all(line.us for line in loops), [line.note for line in loops]
+
+
+def test_bf16_grouped_batches() -> None:
+    batch = bf16_grouped.Batch((3, 0, 17), 16)
+    assert batch.starts == [0, 16, 16, 48]
+    assert batch.ends == [3, 16, 33]
+    assert batch.m_indices == [0] * 3 + [-1] * 13 + [2] * 17 + [-1] * 15
+    for mode in ("quick", "standard", "full"):
+        names = [weights.name for _, weights in bf16_grouped.weights_of(mode)]
+        assert "DeepSeek-V4-Flash gate_up" in names
+        assert len(names) == len(set(names))
 
 
 def test_hc_prenorm_lines(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from op_samples import registered
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sm120_ops import device, selftest
+from sm120_ops import bench, device, selftest
 from sm120_ops.__main__ import main
 from sm120_ops.selftest import cases, formulas
 
@@ -158,6 +160,19 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "report.json" in capsys.readouterr().err
 
 
+def test_bench_help_names_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    """And every file of the benchmark that has lines is a family."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"some of {', '.join(bench.FAMILIES)}; default: all" in text
+    folder = Path(bench.__file__).parent
+    with_lines = {
+        path.stem for path in folder.glob("*.py") if "def run(context: Context)" in path.read_text()
+    }
+    assert with_lines == set(bench.FAMILIES)
+
+
 # ---- selftest ------------------------------------------------------------------------------------
 
 
@@ -181,18 +196,7 @@ def selftest_report(folder: Path, *args: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(path.read_text())
     assert report["failed"] == 0
     assert report["comparisons"] > 200
-    assert {entry["family"] for entry in report["summary"]} == {
-        "quantize",
-        "layout",
-        "gemm",
-        "einsum",
-        "moe",
-        "grouped",
-        "k_grouped",
-        "mqa",
-        "bf16",
-        "hc_prenorm",
-    }
+    assert {entry["family"] for entry in report["summary"]} == set(selftest.all_cases(quick=True))
     return report
 
 
@@ -218,21 +222,40 @@ def test_selftest_notices_wrong_results() -> None:
     cpu = torch.device("cpu")
     quantized = cases.QuantizeCase(5, 96, "mxfp8")
     got = quantized.run(cpu)
-    assert not any(selftest.formula_errors(quantized, got).values())
+    assert not any(quantized.errors(got).values())
     got["data"][2, 3] ^= 1
-    assert selftest.formula_errors(quantized, got)["data"] == 1
+    assert quantized.errors(got)["data"] == 1
 
     product = cases.GemmCase(5, 24, 128, ("mxfp8", "mxfp4"), out_dtype=torch.bfloat16, pad=8)
-    want = selftest.gemm_formula(product)
     out = product.run(cpu)["out"]
-    assert selftest.gemm_error(product, out, want) <= 1
+    assert product.error(out) <= 1
     for wrong in (out[2, 3] * 1.05, torch.tensor(float("nan"))):
         changed = out.clone()
         changed[2, 3] = wrong
-        assert not selftest.gemm_error(product, changed, want) <= 1
+        assert not product.error(changed) <= 1
     outside = out.clone()
     outside[0, -1] = 0  # the gap between rows belongs to nobody
-    assert not selftest.gemm_error(product, outside, want) <= 1
+    assert not product.error(outside) <= 1
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sm120":
+            self.names.add(func._schema.name.removeprefix("sm120::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_selftest_runs_every_op() -> None:
+    with torch.no_grad(), Seen() as seen:
+        for members in selftest.all_cases(quick=True).values():
+            for case in members:
+                case.run(torch.device("cpu"))
+    inside = {"moe_route", "moe_activation", "moe_combine"}  # of moe, whose kernel calls them
+    assert seen.names | inside == {name.partition(".")[0] for name in registered()}
 
 
 def test_selftest_reports_a_case_that_raises() -> None:

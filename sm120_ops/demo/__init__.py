@@ -2,7 +2,8 @@
 
 all-MiniLM-L6-v2 encodes a dozen sentences in FP32 and with every linear layer in MXFP8, W4A8 (FP4
 weights, FP8 activations) and MXFP4; the table shows how close the embeddings stay. The same code
-runs the CPU reference and the GPU kernels. Without the model's files: the op tour on random data.
+runs the CPU reference and the GPU kernels. The op tour is on data of the model too; without the
+model's files it is what remains of the demo, on random data.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sm120_ops._console import UsageError, make_console, step
 from sm120_ops.demo.bert import SentenceEncoder
 from sm120_ops.demo.optour import print_op_tour
 from sm120_ops.demo.tokenizer import WordPiece
+from sm120_ops.demo.tourdata import model_data, random_data
 from sm120_ops.demo.weights import HOW_TO_GET_IT, export_bf16, find_model
 from sm120_ops.device import describe, is_supported
 
@@ -192,14 +194,14 @@ def run_demo(
     console.print(f"{environment.target} ({environment.reason})", markup=False)
     for problem in environment.problems:
         console.print(f"note: {problem}", markup=False)
-    directory = None if ops else find_model(model)
+    directory = find_model(model)
     if export is not None:
         if directory is None:
             raise UsageError(f"demo: --export-bf16: no model to copy; get it by {HOW_TO_GET_IT}")
         size = export_bf16(directory, export)
         console.print(f"wrote {export} ({size / 1e6:.0f} MB); read it with --model {export}")
         return 0
-    if directory is not None:
+    if directory is not None and not ops:
         if moe:
             from sm120_ops.demo.moe import compare_moe, print_moe
 
@@ -212,8 +214,9 @@ def run_demo(
                 "not fast; on a supported GPU the same command runs the kernels."
             )
         return 0
-    if not ops:
-        console.print("The model is not installed. To get it:", markup=False)
-        console.print(f"  {HOW_TO_GET_IT}", markup=False)
-        console.print("Until then, a tour of the ops on random data:", markup=False)
-    return print_op_tour(device)
+    if directory is not None:
+        return print_op_tour(model_data(directory, device, SENTENCES))
+    console.print("The model is not installed. To get it:", markup=False)
+    console.print(f"  {HOW_TO_GET_IT}", markup=False)
+    console.print("Until then, a tour of the ops on random data:", markup=False)
+    return print_op_tour(random_data(device))

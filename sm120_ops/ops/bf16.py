@@ -98,36 +98,9 @@ def _bf16_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Ten
     out.copy_((product if c is None else product + c.double()).float())
 
 
-@torch.library.impl(_lib, "bf16_gemm", "CPU")
-def _bf16_gemm_cpu(
-    a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, c: torch.Tensor | None = None
-) -> torch.Tensor:
-    out = torch.empty(_check_bf16(a, b, out_dtype, c), dtype=out_dtype)
-    _bf16_into(out, a, b, c)
-    return out
-
-
-@torch.library.impl(_lib, "bf16_gemm.out", "CPU")
-def _bf16_gemm_out_cpu(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, out: torch.Tensor
-) -> None:
-    _bf16_gemm_out_fake(a, b, c, out=out)
-    _bf16_into(out, a, b, c)
-
-
-@torch.library.register_fake("sm120::bf16_gemm", lib=_lib)
-def _bf16_gemm_fake(
-    a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, c: torch.Tensor | None = None
-) -> torch.Tensor:
-    return a.new_empty(_check_bf16(a, b, out_dtype, c), dtype=out_dtype)
-
-
-@torch.library.register_fake("sm120::bf16_gemm.out", lib=_lib)
-def _bf16_gemm_out_fake(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, out: torch.Tensor
-) -> None:
-    _check.require_dtype("bf16_gemm", "out", out, OUT_DTYPES)
-    _check_bf16_out(out, _check_bf16(a, b, out.dtype, c), a, b, c)
+_lib.reference(
+    "bf16_gemm", check=_check_bf16, check_out=_check_bf16_out, into=_bf16_into, dtypes=OUT_DTYPES
+)
 
 
 # ---- Wrappers ------------------------------------------------------------------------------------

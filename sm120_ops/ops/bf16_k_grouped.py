@@ -63,10 +63,13 @@ def _check_lines(arg: str, x: torch.Tensor) -> None:
 
 
 def _check_k_grouped(
-    inputs: Inputs, out_dtype: torch.dtype, c: torch.Tensor | None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ks: torch.Tensor,
+    out_dtype: torch.dtype,
+    c: torch.Tensor | None,
 ) -> tuple[int, int, int]:
     """Checks everything but `out`; gives the shape of D."""
-    a, b, ks = inputs
     _check.require_choice(OP, "out_dtype", out_dtype, OUT_DTYPES)
     _check_lines("a", a)
     _check_lines("b", b)
@@ -81,9 +84,14 @@ def _check_k_grouped(
 
 
 def _check_out(
-    out: torch.Tensor, shape: tuple[int, int, int], inputs: Inputs, c: torch.Tensor | None
+    out: torch.Tensor,
+    shape: tuple[int, int, int],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ks: torch.Tensor,
+    c: torch.Tensor | None,
 ) -> None:
-    check_grouped_out(OP, out, shape, dict(zip(("a", "b", "ks"), inputs, strict=True)))
+    check_grouped_out(OP, out, shape, {"a": a, "b": b, "ks": ks})
     check_c_apart(OP, out, c)
 
 
@@ -112,9 +120,10 @@ def _spans(ks: torch.Tensor, total: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _k_grouped_into(out: torch.Tensor, inputs: Inputs, c: torch.Tensor | None) -> None:
+def _k_grouped_into(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ks: torch.Tensor, c: torch.Tensor | None
+) -> None:
     """Plain PyTorch on any device, sums in float64."""
-    a, b, ks = inputs
     for group, (begin, end) in enumerate(_spans(ks, a.shape[0])):
         sums = a[begin:end].double().t() @ b[begin:end].double()
         if c is not None:
@@ -122,55 +131,9 @@ def _k_grouped_into(out: torch.Tensor, inputs: Inputs, c: torch.Tensor | None) -
         out[group] = sums.float().to(out.dtype)
 
 
-@torch.library.register_fake(f"sm120::{OP}", lib=_lib)
-def _k_grouped_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ks: torch.Tensor,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return a.new_empty(_check_k_grouped((a, b, ks), out_dtype, c), dtype=out_dtype)
-
-
-@torch.library.register_fake(f"sm120::{OP}.out", lib=_lib)
-def _k_grouped_out_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ks: torch.Tensor,
-    c: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    _check.require_tensor(OP, "out", out)
-    _check.require_dtype(OP, "out", out, OUT_DTYPES)
-    _check_out(out, _check_k_grouped((a, b, ks), out.dtype, c), (a, b, ks), c)
-
-
-@torch.library.impl(_lib, OP, "CPU")
-def _k_grouped_cpu(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ks: torch.Tensor,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
-    out = _k_grouped_fake(a, b, ks, out_dtype, c)
-    _k_grouped_into(out, (a, b, ks), c)
-    return out
-
-
-@torch.library.impl(_lib, f"{OP}.out", "CPU")
-def _k_grouped_out_cpu(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ks: torch.Tensor,
-    c: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    _k_grouped_out_fake(a, b, ks, c, out=out)
-    _k_grouped_into(out, (a, b, ks), c)
+_lib.reference(
+    OP, check=_check_k_grouped, check_out=_check_out, into=_k_grouped_into, dtypes=OUT_DTYPES
+)
 
 
 # ---- Wrapper -------------------------------------------------------------------------------------
@@ -218,9 +181,9 @@ def bf16_k_grouped_gemm(
     dtype = out_dtype or (torch.bfloat16 if like is None else like.dtype)
     inputs = (a, b, ks)
     if not torch.compiler.is_compiling():
-        shape = _check_k_grouped(inputs, dtype, c)
+        shape = _check_k_grouped(*inputs, dtype, c)
         if out is not None:
-            _check_out(out, shape, inputs, c)
+            _check_out(out, shape, *inputs, c)
         if validate and _check.has_address(ks):
             _require_sizes(inputs)
     if out is None:

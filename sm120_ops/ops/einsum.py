@@ -178,42 +178,27 @@ def _into(
 
 
 def _register(op: str) -> None:
-    """CPU and fake kernels of one op. args: its inputs; out_dtype without `out`; c, rows_first."""
-    count = OPS[op][0].count(",") + 1
+    """CPU and fake kernels of one op: which of its arguments are what."""
+    scaled = ("a", "sfa", "b", "sfb", "gran_k_a", "gran_k_b")
+    names = scaled if op == "batched_gemm" else ("a", "b")
 
-    def options(args: tuple[Any, ...]) -> tuple[torch.Tensor | None, bool]:
-        return (*args, *(None, False)[len(args) :])
+    def inputs(call: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(call[name] for name in names)
 
-    def fake(*args: Any) -> torch.Tensor:
-        dtype, (c, rows_first) = args[count], options(args[count + 1 :])
-        _check.require_choice(op, "out_dtype", dtype, OUT_DTYPES)
-        shape = _check_inputs(op, op, args[:count], rows_first)
-        _check_c(op, c, shape, dtype)
-        _check.require_same_device(op, "a", c=c, **_tensors(op, args))
-        empty: torch.Tensor = args[0].new_empty(shape, dtype=dtype)
-        return empty
+    def check(out_dtype: torch.dtype, rows_first: bool = False, **call: Any) -> Shape:
+        _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
+        shape = _check_inputs(op, op, inputs(call), rows_first)
+        _check_c(op, call["c"], shape, out_dtype)
+        _check.require_same_device(op, "a", c=call["c"], **_tensors(op, inputs(call)))
+        return shape
 
-    def fake_out(*args: Any, out: torch.Tensor) -> None:
-        c, rows_first = options(args[count:])
-        _check.require_tensor(op, "out", out)
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        shape = _check_inputs(op, op, args[:count], rows_first)
-        _check_c(op, c, shape, out.dtype)
-        _check_out(op, out, shape, c, **_tensors(op, args))
+    def check_out(**call: Any) -> None:
+        _check_out(op, call["out"], call["shape"], call["c"], **_tensors(op, inputs(call)))
 
-    def cpu(*args: Any) -> torch.Tensor:
-        out = fake(*args)
-        _into(op, out, args[:count], *options(args[count + 1 :]))
-        return out
+    def into(rows_first: bool = False, **call: Any) -> None:
+        _into(op, call["out"], inputs(call), call["c"], rows_first)
 
-    def cpu_out(*args: Any, out: torch.Tensor) -> None:
-        fake_out(*args, out=out)
-        _into(op, out, args[:count], *options(args[count:]))
-
-    torch.library.register_fake(f"sm120::{op}", fake, lib=_lib)
-    torch.library.register_fake(f"sm120::{op}.out", fake_out, lib=_lib)
-    _lib.impl(op, cpu, "CPU")
-    _lib.impl(f"{op}.out", cpu_out, "CPU")
+    _lib.reference(op, check=check, check_out=check_out, into=into, dtypes=OUT_DTYPES)
 
 
 for _op in OPS:

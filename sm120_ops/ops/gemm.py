@@ -218,73 +218,14 @@ def _gemm_into(
         target.copy_(rounded(part if addend is None else part + addend.double()))
 
 
-@torch.library.impl(_lib, "gemm", "CPU")
-def _gemm_cpu(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-    head_splits: Sequence[int] = (),
-) -> torch.Tensor:
-    shape = _check_gemm(a, sfa, b, sfb, gran_k_a, gran_k_b, out_dtype, c, head_splits)
-    out = torch.zeros(shape, dtype=out_dtype)
-    _gemm_into(out, a, sfa, b, sfb, gran_k_a, gran_k_b, c, head_splits)
-    return out
-
-
-@torch.library.impl(_lib, "gemm.out", "CPU")
-def _gemm_out_cpu(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    c: torch.Tensor | None = None,
-    head_splits: Sequence[int] = (),
-    *,
-    out: torch.Tensor,
-) -> None:
-    _gemm_out_fake(a, sfa, b, sfb, gran_k_a, gran_k_b, c, head_splits, out=out)
-    _gemm_into(out, a, sfa, b, sfb, gran_k_a, gran_k_b, c, head_splits)
-
-
-@torch.library.register_fake("sm120::gemm", lib=_lib)
-def _gemm_fake(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-    head_splits: Sequence[int] = (),
-) -> torch.Tensor:
-    shape = _check_gemm(a, sfa, b, sfb, gran_k_a, gran_k_b, out_dtype, c, head_splits)
-    return a.new_empty(shape, dtype=out_dtype)
-
-
-@torch.library.register_fake("sm120::gemm.out", lib=_lib)
-def _gemm_out_fake(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    c: torch.Tensor | None = None,
-    head_splits: Sequence[int] = (),
-    *,
-    out: torch.Tensor,
-) -> None:
-    _check.require_dtype("gemm", "out", out, OUT_DTYPES)
-    shape = _check_gemm(a, sfa, b, sfb, gran_k_a, gran_k_b, out.dtype, c, head_splits)
-    _check_gemm_out(out, shape, a, sfa, b, sfb, c)
+_lib.reference(
+    "gemm",
+    check=_check_gemm,
+    check_out=_check_gemm_out,
+    into=_gemm_into,
+    dtypes=OUT_DTYPES,
+    clear=True,
+)
 
 
 # ---- Wrappers ------------------------------------------------------------------------------------

@@ -127,43 +127,30 @@ def _grouped_into(
         target[begin:end] = product.float().to(out.dtype)
 
 
-def _register(op: str, defaults: dict[str, int]) -> None:
-    """CPU and fake kernels of one op, which differ in their options alone.
+def _register(op: str) -> None:
+    """CPU and fake kernels of one op: which of its arguments are what."""
+    index, defaults = LAYOUTS[OPS[op]]
 
-    args: a, sfa, b, sfb, index, gran_k_a, gran_k_b; then out_dtype without `out`; options.
-    """
+    def parts(call: dict[str, Any]) -> tuple[Inputs, tuple[int, int], dict[str, int]]:
+        inputs = (call["a"], call["sfa"], call["b"], call["sfb"], call[index])
+        options = {name: call[name] for name in defaults}
+        return inputs, (call["gran_k_a"], call["gran_k_b"]), options
 
-    def options(given: tuple[Any, ...]) -> dict[str, int]:
-        return {**defaults, **dict(zip(defaults, given, strict=False))}
+    def check(**call: Any) -> tuple[int, ...]:
+        inputs, grans, options = parts(call)
+        return _check_grouped(op, inputs, grans, call["out_dtype"], options)
 
-    def fake(*args: Any) -> torch.Tensor:
-        shape = _check_grouped(op, args[:5], args[5:7], args[7], options(args[8:]))
-        empty: torch.Tensor = args[0].new_empty(shape, dtype=args[7])
-        return empty
+    def check_out(**call: Any) -> None:
+        check_grouped_out(op, call["out"], call["shape"], _named(op, parts(call)[0]))
 
-    def fake_out(*args: Any, out: torch.Tensor) -> None:
-        _check.require_tensor(op, "out", out)
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        shape = _check_grouped(op, args[:5], args[5:7], out.dtype, options(args[7:]))
-        check_grouped_out(op, out, shape, _named(op, args[:5]))
+    def into(**call: Any) -> None:
+        _grouped_into(op, call["out"], *parts(call))
 
-    def cpu(*args: Any) -> torch.Tensor:
-        out = fake(*args).zero_()
-        _grouped_into(op, out, args[:5], args[5:7], options(args[8:]))
-        return out
-
-    def cpu_out(*args: Any, out: torch.Tensor) -> None:
-        fake_out(*args, out=out)
-        _grouped_into(op, out, args[:5], args[5:7], options(args[7:]))
-
-    torch.library.register_fake(f"sm120::{op}", fake, lib=_lib)
-    torch.library.register_fake(f"sm120::{op}.out", fake_out, lib=_lib)
-    _lib.impl(op, cpu, "CPU")
-    _lib.impl(f"{op}.out", cpu_out, "CPU")
+    _lib.reference(op, check=check, check_out=check_out, into=into, dtypes=OUT_DTYPES, clear=True)
 
 
-for _op, _kind in OPS.items():
-    _register(_op, LAYOUTS[_kind][1])
+for _op in OPS:
+    _register(_op)
 
 
 # ---- Wrappers ------------------------------------------------------------------------------------

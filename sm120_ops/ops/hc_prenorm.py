@@ -87,11 +87,11 @@ def _check_prenorm_out(
     fn: torch.Tensor,
     d: torch.Tensor,
     sqr_sum: torch.Tensor,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    shape: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
     op = "hc_prenorm"
-    check_out(op, "d", d, shapes[0], (torch.float32,))
-    check_out(op, "sqr_sum", sqr_sum, shapes[1], (torch.float32,))
+    check_out(op, "d", d, shape[0], (torch.float32,))
+    check_out(op, "sqr_sum", sqr_sum, shape[1], (torch.float32,))
     _check.require_same_device(op, "x", x=x, d=d, sqr_sum=sqr_sum)
     _check.require_no_overlap(op, "d", d, x=x, fn=fn, sqr_sum=sqr_sum)
     _check.require_no_overlap(op, "sqr_sum", sqr_sum, x=x, fn=fn)
@@ -127,48 +127,13 @@ def _prenorm(
     return d.float(), sqr_sum.float()
 
 
-@torch.library.impl(_lib, "hc_prenorm", "CPU")
-def _prenorm_cpu(
-    x: torch.Tensor, fn: torch.Tensor, num_splits: int | None = None, eps: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_prenorm(x, fn, num_splits, eps)
-    return _prenorm(x, fn, num_splits, eps)
-
-
-@torch.library.impl(_lib, "hc_prenorm.out", "CPU")
-def _prenorm_out_cpu(
-    x: torch.Tensor,
-    fn: torch.Tensor,
-    num_splits: int | None = None,
-    eps: float | None = None,
-    *,
-    d: torch.Tensor,
-    sqr_sum: torch.Tensor,
-) -> None:
-    _prenorm_out_fake(x, fn, num_splits, eps, d=d, sqr_sum=sqr_sum)
-    for target, value in zip((d, sqr_sum), _prenorm(x, fn, num_splits, eps), strict=True):
-        target.copy_(value)
-
-
-@torch.library.register_fake("sm120::hc_prenorm", lib=_lib)
-def _prenorm_fake(
-    x: torch.Tensor, fn: torch.Tensor, num_splits: int | None = None, eps: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = _check_prenorm(x, fn, num_splits, eps)
-    return fn.new_empty(shapes[0]), fn.new_empty(shapes[1])
-
-
-@torch.library.register_fake("sm120::hc_prenorm.out", lib=_lib)
-def _prenorm_out_fake(
-    x: torch.Tensor,
-    fn: torch.Tensor,
-    num_splits: int | None = None,
-    eps: float | None = None,
-    *,
-    d: torch.Tensor,
-    sqr_sum: torch.Tensor,
-) -> None:
-    _check_prenorm_out(x, fn, d, sqr_sum, _check_prenorm(x, fn, num_splits, eps))
+_lib.reference(
+    "hc_prenorm",
+    check=_check_prenorm,
+    check_out=_check_prenorm_out,
+    new=lambda fn, shape: (fn.new_empty(shape[0]), fn.new_empty(shape[1])),
+    compute=_prenorm,
+)
 
 
 # ---- Wrapper -------------------------------------------------------------------------------------

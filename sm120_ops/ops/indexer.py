@@ -45,7 +45,8 @@ def _check_topk(
     relative: bool,
     block_table: torch.Tensor | None,
     block_kv: int,
-) -> None:
+) -> tuple[int, int]:
+    """Gives the shape of the result."""
     op = "indexer_topk"
     _check.require_tensor(op, "logits", logits, rank=2)
     _check.require_dtype(op, "logits", logits, LOGIT_DTYPES)
@@ -71,6 +72,22 @@ def _check_topk(
     _check.require_same_device(
         op, "logits", logits=logits, starts=starts, ends=ends, block_table=block_table
     )
+    return rows, k
+
+
+def _check_topk_out(
+    out: torch.Tensor,
+    shape: tuple[int, int],
+    logits: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> None:
+    op = "indexer_topk"
+    check_out(op, "out", out, shape, (torch.int32,))
+    _check.require_same_device(op, "out", out=out, logits=logits)
+    inputs = {"logits": logits, "starts": starts, "ends": ends, "block_table": block_table}
+    _check.require_no_overlap(op, "out", out, **inputs)
 
 
 def _topk_into(
@@ -103,69 +120,13 @@ def _topk_into(
         out[i, : len(chosen)] = chosen.to(torch.int32)
 
 
-@torch.library.register_fake("sm120::indexer_topk", lib=_lib)
-def _topk_fake(
-    logits: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    k: int,
-    relative: bool = False,
-    block_table: torch.Tensor | None = None,
-    block_kv: int = 64,
-) -> torch.Tensor:
-    _check_topk(logits, starts, ends, k, relative, block_table, block_kv)
-    return ends.new_empty((logits.shape[0], k))
-
-
-@torch.library.register_fake("sm120::indexer_topk.out", lib=_lib)
-def _topk_out_fake(
-    logits: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    k: int,
-    relative: bool = False,
-    block_table: torch.Tensor | None = None,
-    block_kv: int = 64,
-    *,
-    out: torch.Tensor,
-) -> None:
-    op = "indexer_topk"
-    _check_topk(logits, starts, ends, k, relative, block_table, block_kv)
-    check_out(op, "out", out, (logits.shape[0], k), (torch.int32,))
-    _check.require_same_device(op, "out", out=out, logits=logits)
-    inputs = {"logits": logits, "starts": starts, "ends": ends, "block_table": block_table}
-    _check.require_no_overlap(op, "out", out, **inputs)
-
-
-@torch.library.impl(_lib, "indexer_topk", "CPU")
-def _topk_cpu(
-    logits: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    k: int,
-    relative: bool = False,
-    block_table: torch.Tensor | None = None,
-    block_kv: int = 64,
-) -> torch.Tensor:
-    out = _topk_fake(logits, starts, ends, k, relative, block_table, block_kv)
-    _topk_into(out, logits, starts, ends, k, relative, block_table, block_kv)
-    return out
-
-
-@torch.library.impl(_lib, "indexer_topk.out", "CPU")
-def _topk_out_cpu(
-    logits: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    k: int,
-    relative: bool = False,
-    block_table: torch.Tensor | None = None,
-    block_kv: int = 64,
-    *,
-    out: torch.Tensor,
-) -> None:
-    _topk_out_fake(logits, starts, ends, k, relative, block_table, block_kv, out=out)
-    _topk_into(out, logits, starts, ends, k, relative, block_table, block_kv)
+_lib.reference(
+    "indexer_topk",
+    check=_check_topk,
+    check_out=_check_topk_out,
+    new=lambda ends, shape: ends.new_empty(shape),
+    into=_topk_into,
+)
 
 
 def indexer_topk(

@@ -104,12 +104,19 @@ def _step(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def _check_k_grouped(
-    inputs: Inputs, grans: Grans, out_dtype: torch.dtype, c: torch.Tensor | None
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    ks: torch.Tensor,
+    gran_k_a: int,
+    gran_k_b: int,
+    out_dtype: torch.dtype,
+    c: torch.Tensor | None,
 ) -> tuple[int, int, int]:
     """Checks everything but `out`; gives the shape of D."""
-    a, sfa, b, sfb, ks = inputs
-    _check.require_choice(OP, "gran_k_a", grans[0], GRANS_K)
-    _check.require_choice(OP, "gran_k_b", grans[1], GRANS_K)
+    _check.require_choice(OP, "gran_k_a", gran_k_a, GRANS_K)
+    _check.require_choice(OP, "gran_k_b", gran_k_b, GRANS_K)
     _check.require_choice(OP, "out_dtype", out_dtype, OUT_DTYPES)
     _check.require_tensor(OP, "a", a)
     if a.dim() not in (1, 2):
@@ -132,10 +139,16 @@ def _check_k_grouped(
 
 
 def _check_k_grouped_out(
-    out: torch.Tensor, shape: tuple[int, int, int], inputs: Inputs, c: torch.Tensor | None
+    out: torch.Tensor,
+    shape: tuple[int, int, int],
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    ks: torch.Tensor,
+    c: torch.Tensor | None,
 ) -> None:
-    names = ("a", "sfa", "b", "sfb", "ks")
-    check_grouped_out(OP, out, shape, dict(zip(names, inputs, strict=True)))
+    check_grouped_out(OP, out, shape, {"a": a, "sfa": sfa, "b": b, "sfb": sfb, "ks": ks})
     check_c_apart(OP, out, c)
 
 
@@ -210,13 +223,20 @@ def _group_scales(scale: torch.Tensor, first_row: int, gran_k: int, k: int) -> t
 
 
 def _k_grouped_into(
-    out: torch.Tensor, inputs: Inputs, grans: Grans, c: torch.Tensor | None
+    out: torch.Tensor,
+    a: torch.Tensor,
+    sfa: torch.Tensor,
+    b: torch.Tensor,
+    sfb: torch.Tensor,
+    ks: torch.Tensor,
+    gran_k_a: int,
+    gran_k_b: int,
+    c: torch.Tensor | None,
 ) -> None:
     """Plain PyTorch on any device, sums in float64."""
-    a, sfa, b, sfb, ks = inputs
     if out.numel() == 0:
         return
-    scale_row = [0, 0]
+    scale_row, grans = [0, 0], (gran_k_a, gran_k_b)
     ranges = _group_ranges(ks, _total_k(a, sfa), _step(a, b))
     for group, (begin, k) in enumerate(ranges):
         factors = []
@@ -231,74 +251,13 @@ def _k_grouped_into(
         out[group] = sums.float().to(out.dtype)
 
 
-@torch.library.register_fake(f"sm120::{OP}", lib=_lib)
-def _k_grouped_fake(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    ks: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
-    shape = _check_k_grouped((a, sfa, b, sfb, ks), (gran_k_a, gran_k_b), out_dtype, c)
-    return a.new_empty(shape, dtype=out_dtype)
-
-
-@torch.library.register_fake(f"sm120::{OP}.out", lib=_lib)
-def _k_grouped_out_fake(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    ks: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    c: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    _check.require_tensor(OP, "out", out)
-    _check.require_dtype(OP, "out", out, OUT_DTYPES)
-    inputs = (a, sfa, b, sfb, ks)
-    shape = _check_k_grouped(inputs, (gran_k_a, gran_k_b), out.dtype, c)
-    _check_k_grouped_out(out, shape, inputs, c)
-
-
-@torch.library.impl(_lib, OP, "CPU")
-def _k_grouped_cpu(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    ks: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    out_dtype: torch.dtype,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
-    out = _k_grouped_fake(a, sfa, b, sfb, ks, gran_k_a, gran_k_b, out_dtype, c)
-    _k_grouped_into(out, (a, sfa, b, sfb, ks), (gran_k_a, gran_k_b), c)
-    return out
-
-
-@torch.library.impl(_lib, f"{OP}.out", "CPU")
-def _k_grouped_out_cpu(
-    a: torch.Tensor,
-    sfa: torch.Tensor,
-    b: torch.Tensor,
-    sfb: torch.Tensor,
-    ks: torch.Tensor,
-    gran_k_a: int,
-    gran_k_b: int,
-    c: torch.Tensor | None = None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    _k_grouped_out_fake(a, sfa, b, sfb, ks, gran_k_a, gran_k_b, c, out=out)
-    _k_grouped_into(out, (a, sfa, b, sfb, ks), (gran_k_a, gran_k_b), c)
+_lib.reference(
+    OP,
+    check=_check_k_grouped,
+    check_out=_check_k_grouped_out,
+    into=_k_grouped_into,
+    dtypes=OUT_DTYPES,
+)
 
 
 # ---- Wrapper -------------------------------------------------------------------------------------
@@ -373,9 +332,9 @@ def k_grouped_gemm(
     dtype = out_dtype or (torch.bfloat16 if like is None else like.dtype)
     inputs, grans = (a_data, sfa, b_data, sfb, ks), (gran_k_a, gran_k_b)
     if not torch.compiler.is_compiling():
-        shape = _check_k_grouped(inputs, grans, dtype, c)
+        shape = _check_k_grouped(*inputs, *grans, dtype, c)
         if out is not None:
-            _check_k_grouped_out(out, shape, inputs, c)
+            _check_k_grouped_out(out, shape, *inputs, c)
         if validate and _check.has_address(ks):
             _require_sizes(inputs, grans)
     if out is None:

@@ -13,6 +13,8 @@ rows is a multiple of 4; what must travel is kept as its contiguous transpose.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -128,33 +130,26 @@ def exponents_of(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(smallest, 0, exponents).to(torch.uint8)
 
 
-@torch.library.impl(_lib, "pack_scales", "CPU")
-def _pack_scales_cpu(scale: torch.Tensor, rows: int, gran_mn: int = 1) -> torch.Tensor:
+def _check_pack(scale: torch.Tensor, rows: int, gran_mn: int) -> None:
     _check_pack_scales("pack_scales", "scale", scale, rows, gran_mn)
+
+
+def _check_pack_out(out: torch.Tensor, scale: torch.Tensor, rows: int) -> None:
+    check_packed_scales("pack_scales", "out", out, rows, scale.shape[1])
+    _check.require_no_overlap("pack_scales", "out", out, scale=scale)
+
+
+def _packed(scale: torch.Tensor, rows: int, gran_mn: int) -> torch.Tensor:
     return words_from_bytes(exponents_of(scale).repeat_interleave(gran_mn, 0)[:rows])
 
 
-@torch.library.impl(_lib, "pack_scales.out", "CPU")
-def _pack_scales_out_cpu(
-    scale: torch.Tensor, rows: int, gran_mn: int = 1, *, out: torch.Tensor
-) -> None:
-    check_packed_scales("pack_scales", "out", out, rows, scale.shape[1])
-    _check.require_no_overlap("pack_scales", "out", out, scale=scale)
-    out.copy_(_pack_scales_cpu(scale, rows, gran_mn))
-
-
-@torch.library.register_fake("sm120::pack_scales", lib=_lib)
-def _pack_scales_fake(scale: torch.Tensor, rows: int, gran_mn: int = 1) -> torch.Tensor:
-    _check_pack_scales("pack_scales", "scale", scale, rows, gran_mn)
-    return fake_packed_scales(scale, rows, scale.shape[1])
-
-
-@torch.library.register_fake("sm120::pack_scales.out", lib=_lib)
-def _pack_scales_out_fake(
-    scale: torch.Tensor, rows: int, gran_mn: int = 1, *, out: torch.Tensor
-) -> None:
-    _check_pack_scales("pack_scales", "scale", scale, rows, gran_mn)
-    check_packed_scales("pack_scales", "out", out, rows, scale.shape[1])
+_lib.reference(
+    "pack_scales",
+    check=_check_pack,
+    check_out=_check_pack_out,
+    new=lambda scale, rows: fake_packed_scales(scale, rows, scale.shape[1]),
+    compute=_packed,
+)
 
 
 def check_powers_of_two(op: str, arg: str, scale: torch.Tensor) -> None:
@@ -215,7 +210,8 @@ _lib.define("unpack_scales.out(Tensor scale, SymInt groups, *, Tensor(a!) out) -
 UNPACKED_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
 
 
-def _check_unpack_scales(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> None:
+def _check_unpack_scales(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Gives the shape of the result."""
     op = "unpack_scales"
     _check.require_tensor(op, "scale", scale, rank=2)
     check_packed_scales(op, "scale", scale, scale.shape[0])
@@ -224,6 +220,12 @@ def _check_unpack_scales(scale: torch.Tensor, groups: int, dtype: torch.dtype) -
         words = scale.shape[1]
         requirement = f"{max(4 * words - 3, 0)} to {4 * words} groups for {words} words a row"
         _check.fail(op, "groups", requirement, groups)
+    return scale.shape[0], groups
+
+
+def _check_unpack_out(out: torch.Tensor, shape: tuple[int, int], scale: torch.Tensor) -> None:
+    check_out("unpack_scales", "out", out, shape, (out.dtype,))
+    _check.require_no_overlap("unpack_scales", "out", out, scale=scale)
 
 
 def _unpacked(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
@@ -234,30 +236,14 @@ def _unpacked(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Ten
     return as_e8m0 if dtype == torch.float8_e8m0fnu else as_e8m0.to(torch.float32)
 
 
-@torch.library.impl(_lib, "unpack_scales", "CPU")
-def _unpack_scales_cpu(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    _check_unpack_scales(scale, groups, dtype)
-    return _unpacked(scale, groups, dtype)
-
-
-@torch.library.impl(_lib, "unpack_scales.out", "CPU")
-def _unpack_scales_out_cpu(scale: torch.Tensor, groups: int, *, out: torch.Tensor) -> None:
-    _unpack_scales_out_fake(scale, groups, out=out)
-    _check.require_no_overlap("unpack_scales", "out", out, scale=scale)
-    out.copy_(_unpacked(scale, groups, out.dtype))
-
-
-@torch.library.register_fake("sm120::unpack_scales", lib=_lib)
-def _unpack_scales_fake(scale: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    _check_unpack_scales(scale, groups, dtype)
-    return scale.new_empty((scale.shape[0], groups), dtype=dtype)
-
-
-@torch.library.register_fake("sm120::unpack_scales.out", lib=_lib)
-def _unpack_scales_out_fake(scale: torch.Tensor, groups: int, *, out: torch.Tensor) -> None:
-    _check.require_dtype("unpack_scales", "out", out, UNPACKED_DTYPES)
-    _check_unpack_scales(scale, groups, out.dtype)
-    check_out("unpack_scales", "out", out, (scale.shape[0], groups), (out.dtype,))
+_lib.reference(
+    "unpack_scales",
+    check=_check_unpack_scales,
+    check_out=_check_unpack_out,
+    new=lambda scale, shape, dtype: scale.new_empty(shape, dtype=dtype),
+    compute=_unpacked,
+    dtypes=UNPACKED_DTYPES,
+)
 
 
 def unpack_scales(
@@ -317,73 +303,39 @@ def _transposed_shape(packed: torch.Tensor) -> tuple[int, ...]:
     return (packed.shape[1] * 2, packed.shape[0] // 2)
 
 
-@torch.library.impl(_lib, "pack_fp4", "CPU")
-def _pack_fp4_cpu(codes: torch.Tensor) -> torch.Tensor:
-    _packed_shape(codes)
+def _packed_fp4(codes: torch.Tensor) -> torch.Tensor:
     return fresh(pack_nibbles(codes))
 
 
-@torch.library.impl(_lib, "unpack_fp4", "CPU")
-def _unpack_fp4_cpu(packed: torch.Tensor) -> torch.Tensor:
-    _unpacked_shape(packed)
+def _unpacked_fp4(packed: torch.Tensor) -> torch.Tensor:
     return unpack_nibbles(as_bytes(packed))
 
 
-@torch.library.impl(_lib, "transpose_fp4", "CPU")
-def _transpose_fp4_cpu(packed: torch.Tensor) -> torch.Tensor:
-    _transposed_shape(packed)
+def _transposed_fp4(packed: torch.Tensor) -> torch.Tensor:
     return fresh(pack_nibbles(unpack_nibbles(as_bytes(packed)).t()))
 
 
-@torch.library.impl(_lib, "pack_fp4.out", "CPU")
-def _pack_fp4_out_cpu(codes: torch.Tensor, *, out: torch.Tensor) -> None:
-    _pack_fp4_out_fake(codes, out=out)
-    _check.require_no_overlap("pack_fp4", "out", out, codes=codes)
-    out.copy_(pack_nibbles(codes))
+def _register_fp4(
+    op: str,
+    check: Callable[[torch.Tensor], tuple[int, ...]],
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """An op from bytes to bytes."""
+
+    def check_bytes(out: torch.Tensor, shape: tuple[int, ...], **inputs: torch.Tensor) -> None:
+        check_out(op, "out", out, shape, (torch.uint8,))
+        _check.require_no_overlap(op, "out", out, **inputs)
+
+    def new(shape: tuple[int, ...], **inputs: torch.Tensor) -> torch.Tensor:
+        (data,) = inputs.values()
+        return data.new_empty(shape, dtype=torch.uint8)
+
+    _lib.reference(op, check=check, check_out=check_bytes, new=new, compute=compute)
 
 
-@torch.library.impl(_lib, "unpack_fp4.out", "CPU")
-def _unpack_fp4_out_cpu(packed: torch.Tensor, *, out: torch.Tensor) -> None:
-    _unpack_fp4_out_fake(packed, out=out)
-    _check.require_no_overlap("unpack_fp4", "out", out, packed=packed)
-    out.copy_(unpack_nibbles(as_bytes(packed)))
-
-
-@torch.library.impl(_lib, "transpose_fp4.out", "CPU")
-def _transpose_fp4_out_cpu(packed: torch.Tensor, *, out: torch.Tensor) -> None:
-    _transpose_fp4_out_fake(packed, out=out)
-    _check.require_no_overlap("transpose_fp4", "out", out, packed=packed)
-    out.copy_(_transpose_fp4_cpu(packed))
-
-
-@torch.library.register_fake("sm120::pack_fp4", lib=_lib)
-def _pack_fp4_fake(codes: torch.Tensor) -> torch.Tensor:
-    return codes.new_empty(_packed_shape(codes))
-
-
-@torch.library.register_fake("sm120::unpack_fp4", lib=_lib)
-def _unpack_fp4_fake(packed: torch.Tensor) -> torch.Tensor:
-    return packed.new_empty(_unpacked_shape(packed), dtype=torch.uint8)
-
-
-@torch.library.register_fake("sm120::transpose_fp4", lib=_lib)
-def _transpose_fp4_fake(packed: torch.Tensor) -> torch.Tensor:
-    return packed.new_empty(_transposed_shape(packed), dtype=torch.uint8)
-
-
-@torch.library.register_fake("sm120::pack_fp4.out", lib=_lib)
-def _pack_fp4_out_fake(codes: torch.Tensor, *, out: torch.Tensor) -> None:
-    check_out("pack_fp4", "out", out, _packed_shape(codes), (torch.uint8,))
-
-
-@torch.library.register_fake("sm120::unpack_fp4.out", lib=_lib)
-def _unpack_fp4_out_fake(packed: torch.Tensor, *, out: torch.Tensor) -> None:
-    check_out("unpack_fp4", "out", out, _unpacked_shape(packed), (torch.uint8,))
-
-
-@torch.library.register_fake("sm120::transpose_fp4.out", lib=_lib)
-def _transpose_fp4_out_fake(packed: torch.Tensor, *, out: torch.Tensor) -> None:
-    check_out("transpose_fp4", "out", out, _transposed_shape(packed), (torch.uint8,))
+_register_fp4("pack_fp4", _packed_shape, _packed_fp4)
+_register_fp4("unpack_fp4", _unpacked_shape, _unpacked_fp4)
+_register_fp4("transpose_fp4", _transposed_shape, _transposed_fp4)
 
 
 def pack_fp4(codes: torch.Tensor) -> torch.Tensor:

@@ -109,8 +109,8 @@ def _check_route(
     format: str,
     gran_k: int,
     alignment: int,
-) -> int:
-    """The number of rows."""
+) -> tuple[int, int]:
+    """Gives the shape of the rows."""
     op = "moe_route"
     check_dense(op, "x", x, 2)
     _check.require_dtype(op, "x", x, FLOAT_DTYPES)
@@ -122,7 +122,32 @@ def _check_route(
         _check.fail(op, "num_experts", f"1 to {MAX_EXPERTS}", num_experts)
     _check.require_choice(op, "alignment", alignment, ALIGNMENTS)
     _check.require_same_device(op, "x", x=x, topk_ids=topk_ids)
-    return moe_capacity(topk_ids.shape[0] * topk_ids.shape[1], num_experts, alignment)
+    slots = topk_ids.shape[0] * topk_ids.shape[1]
+    return moe_capacity(slots, num_experts, alignment), x.shape[1]
+
+
+def _check_route_out(
+    out: torch.Tensor,
+    out_scale: torch.Tensor,
+    group_ends: torch.Tensor,
+    rows: torch.Tensor,
+    shape: tuple[int, int],
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    format: str,
+    gran_k: int,
+) -> None:
+    op = "moe_route"
+    check_quantized(op, *shape, format, gran_k, out, out_scale)
+    check_out(op, "group_ends", group_ends, (num_experts,), (torch.int32,))
+    check_out(op, "rows", rows, tuple(topk_ids.shape), (torch.int32,))
+    outputs = {"out": out, "out_scale": out_scale, "group_ends": group_ends, "rows": rows}
+    _check.require_same_device(op, "x", x=x, **outputs)
+    others = {"x": x, "topk_ids": topk_ids, **outputs}
+    for name, output in outputs.items():
+        del others[name]
+        _check.require_no_overlap(op, name, output, **others)
 
 
 def _check_combine(
@@ -132,7 +157,8 @@ def _check_combine(
     bias: torch.Tensor | None,
     topk_ids: torch.Tensor | None,
     out_dtype: torch.dtype,
-) -> None:
+) -> tuple[int, int]:
+    """Gives the shape of the result."""
     op = "moe_combine"
     check_dense(op, "x", x, 2)
     _check.require_dtype(op, "x", x, STEP_DTYPES)
@@ -157,65 +183,41 @@ def _check_combine(
         if not tensor.is_contiguous():
             _check.fail(op, arg, "a contiguous tensor", f"strides {list(tensor.stride())}")
     _check.require_same_device(op, "x", x=x, bias=bias, **shapes)
+    return rows.shape[0], x.shape[1]
+
+
+def _check_combine_out(
+    out: torch.Tensor,
+    shape: tuple[int, int],
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+) -> None:
+    op = "moe_combine"
+    check_out(op, "out", out, shape, (out.dtype,))
+    _check.require_aligned(op, "out", out)
+    inputs = {"rows": rows, "topk_weights": topk_weights, "bias": bias, "topk_ids": topk_ids}
+    _check.require_same_device(op, "x", x=x, out=out, **inputs)
+    _check.require_no_overlap(op, "out", out, x=x, **inputs)
 
 
 # ---- moe_route -----------------------------------------------------------------------------------
 
 
-@torch.library.impl(_lib, "moe_route", "CPU")
-def _moe_route_cpu(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    format: str,
-    gran_k: int,
-    alignment: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = _moe_route_fake(x, topk_ids, num_experts, format, gran_k, alignment)
-    data, scale, group_ends, rows = results
-    data.view(torch.uint8).zero_()
-    scale.zero_()
-    _moe_route_out_cpu(
-        x,
-        topk_ids,
-        num_experts,
-        format,
-        gran_k,
-        alignment,
-        out=data,
-        out_scale=scale,
-        group_ends=group_ends,
-        rows=rows,
-    )
-    return results
-
-
-@torch.library.impl(_lib, "moe_route.out", "CPU")
-def _moe_route_out_cpu(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    *,
+def _route_into(
     out: torch.Tensor,
     out_scale: torch.Tensor,
     group_ends: torch.Tensor,
     rows: torch.Tensor,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    format: str,
+    gran_k: int,
+    alignment: int,
 ) -> None:
-    _moe_route_out_fake(
-        x,
-        topk_ids,
-        num_experts,
-        format,
-        gran_k,
-        alignment,
-        out=out,
-        out_scale=out_scale,
-        group_ends=group_ends,
-        rows=rows,
-    )
     experts = topk_ids.flatten().long()
     valid = (experts >= 0) & (experts < num_experts)
     counts = torch.bincount(experts[valid], minlength=num_experts)
@@ -233,46 +235,27 @@ def _moe_route_out_cpu(
     out_scale[where] = scale[tokens]
 
 
-@torch.library.register_fake("sm120::moe_route", lib=_lib)
-def _moe_route_fake(
+def _new_route(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     num_experts: int,
     format: str,
     gran_k: int,
-    alignment: int,
+    shape: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    capacity = _check_route(x, topk_ids, num_experts, format, gran_k, alignment)
-    data, scale = empty_quantized(x, capacity, x.shape[1], format, gran_k)
+    data, scale = empty_quantized(x, *shape, format, gran_k)
     group_ends = x.new_empty(num_experts, dtype=torch.int32)
     return data, scale, group_ends, topk_ids.new_empty(topk_ids.shape, dtype=torch.int32)
 
 
-@torch.library.register_fake("sm120::moe_route.out", lib=_lib)
-def _moe_route_out_fake(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    *,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-    group_ends: torch.Tensor,
-    rows: torch.Tensor,
-) -> None:
-    op = "moe_route"
-    capacity = _check_route(x, topk_ids, num_experts, format, gran_k, alignment)
-    check_quantized(op, capacity, x.shape[1], format, gran_k, out, out_scale)
-    check_out(op, "group_ends", group_ends, (num_experts,), (torch.int32,))
-    check_out(op, "rows", rows, tuple(topk_ids.shape), (torch.int32,))
-    outputs = {"out": out, "out_scale": out_scale, "group_ends": group_ends, "rows": rows}
-    _check.require_same_device(op, "x", x=x, **outputs)
-    others = {"x": x, "topk_ids": topk_ids, **outputs}
-    for name, output in outputs.items():
-        del others[name]
-        _check.require_no_overlap(op, name, output, **others)
+_lib.reference(
+    "moe_route",
+    check=_check_route,
+    check_out=_check_route_out,
+    new=_new_route,
+    into=_route_into,
+    clear=True,
+)
 
 
 def moe_route(
@@ -310,31 +293,14 @@ def moe_route(
 # ---- moe_combine ---------------------------------------------------------------------------------
 
 
-@torch.library.impl(_lib, "moe_combine", "CPU")
-def _moe_combine_cpu(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    topk_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    topk_ids: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    out = _moe_combine_fake(x, rows, topk_weights, bias, topk_ids, out_dtype)
-    _moe_combine_out_cpu(x, rows, topk_weights, bias, topk_ids, out=out)
-    return out
-
-
-@torch.library.impl(_lib, "moe_combine.out", "CPU")
-def _moe_combine_out_cpu(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    topk_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    topk_ids: torch.Tensor | None,
-    *,
+def _combine_into(
     out: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
 ) -> None:
-    _moe_combine_out_fake(x, rows, topk_weights, bias, topk_ids, out=out)
     live = (rows >= 0) & (rows < x.shape[0])
     if bias is not None and topk_ids is not None:
         live &= (topk_ids >= 0) & (topk_ids < bias.shape[0])
@@ -349,37 +315,13 @@ def _moe_combine_out_cpu(
     out.copy_(sums)
 
 
-@torch.library.register_fake("sm120::moe_combine", lib=_lib)
-def _moe_combine_fake(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    topk_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    topk_ids: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    _check_combine(x, rows, topk_weights, bias, topk_ids, out_dtype)
-    return x.new_empty((rows.shape[0], x.shape[1]), dtype=out_dtype)
-
-
-@torch.library.register_fake("sm120::moe_combine.out", lib=_lib)
-def _moe_combine_out_fake(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    topk_weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    topk_ids: torch.Tensor | None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    op = "moe_combine"
-    _check.require_dtype(op, "out", out, FLOAT_DTYPES)
-    _check_combine(x, rows, topk_weights, bias, topk_ids, out.dtype)
-    check_out(op, "out", out, (rows.shape[0], x.shape[1]), (out.dtype,))
-    _check.require_aligned(op, "out", out)
-    inputs = {"rows": rows, "topk_weights": topk_weights, "bias": bias, "topk_ids": topk_ids}
-    _check.require_same_device(op, "x", x=x, out=out, **inputs)
-    _check.require_no_overlap(op, "out", out, x=x, **inputs)
+_lib.reference(
+    "moe_combine",
+    check=_check_combine,
+    check_out=_check_combine_out,
+    into=_combine_into,
+    dtypes=FLOAT_DTYPES,
+)
 
 
 def moe_combine(
@@ -421,10 +363,11 @@ def moe_combine(
     ids = None if bias is None else topk_ids
     _check.require_no_grad(op, x=x, topk_weights=topk_weights, bias=bias)
     if not torch.compiler.is_compiling():
-        if out is None:
-            _check_combine(x, rows, topk_weights, bias, ids, out_dtype)
-        else:
-            _moe_combine_out_fake(x, rows, topk_weights, bias, ids, out=out)
+        if out is not None:
+            _check.require_dtype(op, "out", out, FLOAT_DTYPES)
+        shape = _check_combine(x, rows, topk_weights, bias, ids, out_dtype)
+        if out is not None:
+            _check_combine_out(out, shape, x, rows, topk_weights, bias, ids)
     if out is None:
         return torch.ops.sm120.moe_combine.default(x, rows, topk_weights, bias, ids, out_dtype)
     torch.ops.sm120.moe_combine.out(x, rows, topk_weights, bias, ids, out=out)

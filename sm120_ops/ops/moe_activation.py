@@ -50,7 +50,8 @@ def _check_activation(
     alignment: int,
     bias: torch.Tensor | None,
     limit: float | None,
-) -> None:
+) -> tuple[int, int]:
+    """Gives the shape of the result."""
     op = "moe_activation"
     check_dense(op, "gate_up", gate_up, 2)
     _check.require_dtype(op, "gate_up", gate_up, STEP_DTYPES)
@@ -69,6 +70,27 @@ def _check_activation(
     if limit is not None and not limit > 0:
         _check.fail(op, "limit", "a positive number or None", limit)
     _check.require_same_device(op, "gate_up", gate_up=gate_up, group_ends=group_ends, bias=bias)
+    return gate_up.shape[0], gate_up.shape[1] // 2
+
+
+def _check_activation_out(
+    out: torch.Tensor,
+    out_scale: torch.Tensor,
+    shape: tuple[int, int],
+    gate_up: torch.Tensor,
+    group_ends: torch.Tensor,
+    format: str,
+    gran_k: int,
+    bias: torch.Tensor | None,
+) -> None:
+    op = "moe_activation"
+    check_quantized(op, *shape, format, gran_k, out, out_scale)
+    outputs = {"out": out, "out_scale": out_scale}
+    _check.require_same_device(op, "gate_up", gate_up=gate_up, **outputs)
+    for name, output in outputs.items():
+        _check.require_no_overlap(
+            op, name, output, gate_up=gate_up, group_ends=group_ends, bias=bias
+        )
 
 
 def _live_rows(
@@ -99,49 +121,20 @@ def swiglu(
     return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
 
-@torch.library.impl(_lib, "moe_activation", "CPU")
-def _moe_activation_cpu(
-    gate_up: torch.Tensor,
-    group_ends: torch.Tensor,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    bias: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    up_offset: float = 0.0,
-    limit: float | None = None,
-    interleaved: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    options = (bias, alpha, up_offset, limit, interleaved)
-    data, scale = _moe_activation_fake(gate_up, group_ends, format, gran_k, alignment, *options)
-    data.view(torch.uint8).zero_()
-    scale.zero_()
-    _moe_activation_out_cpu(
-        gate_up, group_ends, format, gran_k, alignment, *options, out=data, out_scale=scale
-    )
-    return data, scale
-
-
-@torch.library.impl(_lib, "moe_activation.out", "CPU")
-def _moe_activation_out_cpu(
-    gate_up: torch.Tensor,
-    group_ends: torch.Tensor,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    bias: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    up_offset: float = 0.0,
-    limit: float | None = None,
-    interleaved: bool = False,
-    *,
+def _activation_into(
     out: torch.Tensor,
     out_scale: torch.Tensor,
+    gate_up: torch.Tensor,
+    group_ends: torch.Tensor,
+    format: str,
+    gran_k: int,
+    alignment: int,
+    bias: torch.Tensor | None,
+    alpha: float,
+    up_offset: float,
+    limit: float | None,
+    interleaved: bool,
 ) -> None:
-    options = (bias, alpha, up_offset, limit, interleaved)
-    _moe_activation_out_fake(
-        gate_up, group_ends, format, gran_k, alignment, *options, out=out, out_scale=out_scale
-    )
     rows, groups = _live_rows(group_ends, alignment, gate_up.shape[0])
     values = gate_up[rows].double()
     if bias is not None:
@@ -152,49 +145,21 @@ def _moe_activation_out_cpu(
     out_scale[rows] = scale
 
 
-@torch.library.register_fake("sm120::moe_activation", lib=_lib)
-def _moe_activation_fake(
-    gate_up: torch.Tensor,
-    group_ends: torch.Tensor,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    bias: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    up_offset: float = 0.0,
-    limit: float | None = None,
-    interleaved: bool = False,
+def _new_activation(
+    gate_up: torch.Tensor, format: str, gran_k: int, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_activation(gate_up, group_ends, format, gran_k, alignment, bias, limit)
-    return empty_quantized(gate_up, gate_up.shape[0], gate_up.shape[1] // 2, format, gran_k)
+    rows, k = shape
+    return empty_quantized(gate_up, rows, k, format, gran_k)
 
 
-@torch.library.register_fake("sm120::moe_activation.out", lib=_lib)
-def _moe_activation_out_fake(
-    gate_up: torch.Tensor,
-    group_ends: torch.Tensor,
-    format: str,
-    gran_k: int,
-    alignment: int,
-    bias: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    up_offset: float = 0.0,
-    limit: float | None = None,
-    interleaved: bool = False,
-    *,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-) -> None:
-    op = "moe_activation"
-    _check_activation(gate_up, group_ends, format, gran_k, alignment, bias, limit)
-    rows, k = gate_up.shape[0], gate_up.shape[1] // 2
-    check_quantized(op, rows, k, format, gran_k, out, out_scale)
-    outputs = {"out": out, "out_scale": out_scale}
-    _check.require_same_device(op, "gate_up", gate_up=gate_up, **outputs)
-    for name, output in outputs.items():
-        _check.require_no_overlap(
-            op, name, output, gate_up=gate_up, group_ends=group_ends, bias=bias
-        )
+_lib.reference(
+    "moe_activation",
+    check=_check_activation,
+    check_out=_check_activation_out,
+    new=_new_activation,
+    into=_activation_into,
+    clear=True,
+)
 
 
 def moe_activation(

@@ -18,8 +18,6 @@ The CPU kernels sum in float64 and round once to float32, and from there to bflo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .. import _check
@@ -77,8 +75,7 @@ _lib.define(
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("sm120::mqa_logits", lib=_lib)
-def _mqa_logits_fake(
+def _check_ragged(
     q: torch.Tensor,
     q_scale: torch.Tensor | None,
     k: torch.Tensor,
@@ -86,20 +83,19 @@ def _mqa_logits_fake(
     weights: torch.Tensor,
     starts: torch.Tensor,
     ends: torch.Tensor,
-    max_seqlen_k: int,
-    clean: bool,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+    max_seqlen_k: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """Gives the shape of new logits."""
     check_ragged(q, q_scale, k, k_scale, weights, starts, ends)
     _check.require_choice("mqa_logits", "out_dtype", out_dtype, OUT_DTYPES)
     requirement = "a width >= 1, or 0 for logits of all keys"
     _check.require(max_seqlen_k >= 0, "mqa_logits", "max_seqlen_k", requirement, max_seqlen_k)
-    columns = max_seqlen_k if max_seqlen_k > 0 else k.shape[0]
-    return q.new_empty((q.shape[0], columns), dtype=out_dtype)
+    return q.shape[0], max_seqlen_k if max_seqlen_k > 0 else k.shape[0]
 
 
-@torch.library.register_fake("sm120::mqa_logits.out", lib=_lib)
-def _mqa_logits_out_fake(
+def _check_ragged_out(
+    out: torch.Tensor,
     q: torch.Tensor,
     q_scale: torch.Tensor | None,
     k: torch.Tensor,
@@ -108,56 +104,58 @@ def _mqa_logits_out_fake(
     starts: torch.Tensor,
     ends: torch.Tensor,
     compressed: bool,
-    clean: bool,
-    *,
-    out: torch.Tensor,
 ) -> None:
-    check_ragged(q, q_scale, k, k_scale, weights, starts, ends)
     check_out(
         "mqa_logits", out, q.shape[0], None if compressed else k.shape[0], q=q, q_scale=q_scale,
         k=k, k_scale=k_scale, weights=weights, starts=starts, ends=ends,
     )  # fmt: skip
 
 
-@torch.library.impl(_lib, "mqa_logits", "CPU")
-def _mqa_logits_cpu(*args: Any) -> torch.Tensor:
-    *inputs, max_seqlen_k, clean, _ = args
-    fake = _mqa_logits_fake(*args)
-    out = torch.zeros_like(fake)  # not clean: anything may stand outside the windows
-    call: tuple[Any, ...] = (out, *inputs, max_seqlen_k > 0, clean)
-    ragged_into(*call)
-    return out
+def _ragged_into(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    clean: bool,
+    max_seqlen_k: int = 0,  # of the allocating form
+    compressed: bool = False,  # of the `out` form
+) -> None:
+    ragged_into(
+        out, q, q_scale, k, k_scale, weights, starts, ends, compressed or max_seqlen_k > 0, clean
+    )
 
 
-@torch.library.impl(_lib, "mqa_logits.out", "CPU")
-def _mqa_logits_out_cpu(*args: Any, out: torch.Tensor) -> None:
-    _mqa_logits_out_fake(*args, out=out)
-    ragged_into(out, *args)
+_lib.reference(
+    "mqa_logits", check=_check_ragged, check_out=_check_ragged_out, into=_ragged_into, clear=True
+)
 
 
-@torch.library.register_fake("sm120::paged_mqa_logits", lib=_lib)
-def _paged_mqa_logits_fake(
+def _check_paged(
     q: torch.Tensor,
     q_scale: torch.Tensor | None,
     kv_cache: torch.Tensor,
     weights: torch.Tensor,
     context_lens: torch.Tensor,
     block_table: torch.Tensor,
-    max_context_len: int,
     metadata: torch.Tensor | None,
     indices: torch.Tensor | None,
-    clean: bool,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+    max_context_len: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """Gives the shape of new logits."""
     op = "paged_mqa_logits"
     check_paged(q, q_scale, kv_cache, weights, context_lens, block_table, metadata, indices)
     _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
     _check.require(max_context_len >= 0, op, "max_context_len", "a width >= 0", max_context_len)
-    return q.new_empty((q.shape[0] * q.shape[1], max_context_len), dtype=out_dtype)
+    return q.shape[0] * q.shape[1], max_context_len
 
 
-@torch.library.register_fake("sm120::paged_mqa_logits.out", lib=_lib)
-def _paged_mqa_logits_out_fake(
+def _check_paged_out(
+    out: torch.Tensor,
     q: torch.Tensor,
     q_scale: torch.Tensor | None,
     kv_cache: torch.Tensor,
@@ -166,11 +164,7 @@ def _paged_mqa_logits_out_fake(
     block_table: torch.Tensor,
     metadata: torch.Tensor | None,
     indices: torch.Tensor | None,
-    clean: bool,
-    *,
-    out: torch.Tensor,
 ) -> None:
-    check_paged(q, q_scale, kv_cache, weights, context_lens, block_table, metadata, indices)
     check_out(
         "paged_mqa_logits", out, q.shape[0] * q.shape[1], None, q=q, q_scale=q_scale,
         kv_cache=kv_cache, weights=weights, context_lens=context_lens, block_table=block_table,
@@ -178,58 +172,57 @@ def _paged_mqa_logits_out_fake(
     )  # fmt: skip
 
 
-@torch.library.impl(_lib, "paged_mqa_logits", "CPU")
-def _paged_mqa_logits_cpu(*args: Any) -> torch.Tensor:
-    out = torch.zeros_like(_paged_mqa_logits_fake(*args))
-    call: tuple[Any, ...] = (out, *args[:6], args[9])
-    paged_into(*call)
-    return out
+def _paged_into(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    clean: bool,
+) -> None:
+    paged_into(out, q, q_scale, kv_cache, weights, context_lens, block_table, clean)
 
 
-@torch.library.impl(_lib, "paged_mqa_logits.out", "CPU")
-def _paged_mqa_logits_out_cpu(*args: Any, out: torch.Tensor) -> None:
-    _paged_mqa_logits_out_fake(*args, out=out)
-    call: tuple[Any, ...] = (out, *args[:6], args[8])
-    paged_into(*call)
+_lib.reference(
+    "paged_mqa_logits", check=_check_paged, check_out=_check_paged_out, into=_paged_into, clear=True
+)
 
 
-@torch.library.register_fake("sm120::paged_mqa_metadata", lib=_lib)
-def _metadata_fake(
-    context_lens: torch.Tensor, num_ctas: int, indices: torch.Tensor | None = None
-) -> torch.Tensor:
+def _check_schedule(
+    context_lens: torch.Tensor, indices: torch.Tensor | None, num_ctas: int = 1
+) -> tuple[int, int]:
+    """Gives the shape of a new schedule."""
     op = "paged_mqa_metadata"
     check_lens(op, context_lens, indices, None)
     requirement = f"a CTA count in 1 .. {MAX_CTAS}"
     _check.require(1 <= num_ctas <= MAX_CTAS, op, "num_ctas", requirement, num_ctas)
-    return context_lens.new_empty((num_ctas + 1, 2))
+    return num_ctas + 1, 2
 
 
-@torch.library.register_fake("sm120::paged_mqa_metadata.out", lib=_lib)
-def _metadata_out_fake(
-    context_lens: torch.Tensor, indices: torch.Tensor | None = None, *, out: torch.Tensor
+def _check_schedule_out(
+    out: torch.Tensor, context_lens: torch.Tensor, indices: torch.Tensor | None
 ) -> None:
     op = "paged_mqa_metadata"
-    check_lens(op, context_lens, indices, None)
     check_metadata(op, "out", out)
     _check.require_same_device(op, "out", out=out, context_lens=context_lens)
     _check.require_no_overlap(op, "out", out, context_lens=context_lens, indices=indices)
 
 
-@torch.library.impl(_lib, "paged_mqa_metadata", "CPU")
-def _metadata_cpu(
-    context_lens: torch.Tensor, num_ctas: int, indices: torch.Tensor | None = None
-) -> torch.Tensor:
-    out = _metadata_fake(context_lens, num_ctas, indices)
-    schedule_into(out, context_lens, indices)
-    return out
-
-
-@torch.library.impl(_lib, "paged_mqa_metadata.out", "CPU")
-def _metadata_out_cpu(
-    context_lens: torch.Tensor, indices: torch.Tensor | None = None, *, out: torch.Tensor
+def _schedule_into(
+    out: torch.Tensor, context_lens: torch.Tensor, indices: torch.Tensor | None
 ) -> None:
-    _metadata_out_fake(context_lens, indices, out=out)
     schedule_into(out, context_lens, indices)
+
+
+_lib.reference(
+    "paged_mqa_metadata",
+    check=_check_schedule,
+    check_out=_check_schedule_out,
+    new=lambda context_lens, shape: context_lens.new_empty(shape),
+    into=_schedule_into,
+)
 
 
 # ---- Wrappers ------------------------------------------------------------------------------------

@@ -94,7 +94,10 @@ def data_dtype(format: str) -> torch.dtype:
     return torch.float8_e4m3fn if format == "mxfp8" else torch.uint8
 
 
-def _check_quantize(x: torch.Tensor, format: str, gran_k: int, gran_mn: int, rule: str) -> None:
+def _check_quantize(
+    x: torch.Tensor, format: str, gran_k: int, gran_mn: int, rule: str
+) -> tuple[int, int]:
+    """Gives the shape of the matrix."""
     op = "quantize"
     _check.require_choice(op, "format", format, FORMATS)
     _check.require_choice(op, "gran_k", gran_k, GRANS_K)
@@ -107,6 +110,7 @@ def _check_quantize(x: torch.Tensor, format: str, gran_k: int, gran_mn: int, rul
         _check.fail(op, "x", requirement, f"K={x.shape[1]}")
     if x.stride(1) != 1 and x.stride(0) != 1:
         _check.fail(op, "x", "one stride to be 1", f"strides {list(x.stride())}")
+    return x.shape[0], x.shape[1]
 
 
 def _check_quantize_out(
@@ -175,54 +179,21 @@ def _quantized(
     return data, words_from_bytes(per_row)
 
 
-@torch.library.impl(_lib, "quantize", "CPU")
-def _quantize_cpu(
-    x: torch.Tensor, format: str, gran_k: int = 32, gran_mn: int = 1, rule: str = "deepgemm"
+def _new_quantized(
+    x: torch.Tensor, format: str, gran_k: int, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize(x, format, gran_k, gran_mn, rule)
-    return _quantized(x, format, gran_k, gran_mn, rule)
-
-
-@torch.library.impl(_lib, "quantize.out", "CPU")
-def _quantize_out_cpu(
-    x: torch.Tensor,
-    format: str,
-    gran_k: int,
-    gran_mn: int,
-    rule: str,
-    *,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-) -> None:
-    _quantize_out_fake(x, format, gran_k, gran_mn, rule, out=out, out_scale=out_scale)
-    data, scale = _quantized(x, format, gran_k, gran_mn, rule)
-    out.view(torch.uint8).copy_(data.view(torch.uint8))
-    out_scale.copy_(scale)
-
-
-@torch.library.register_fake("sm120::quantize", lib=_lib)
-def _quantize_fake(
-    x: torch.Tensor, format: str, gran_k: int = 32, gran_mn: int = 1, rule: str = "deepgemm"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize(x, format, gran_k, gran_mn, rule)
-    rows, k = x.shape
+    rows, k = shape
     data = x.new_empty(data_shape(rows, k, format), dtype=data_dtype(format))
     return data, fake_packed_scales(x, rows, ceil_div(k, gran_k))
 
 
-@torch.library.register_fake("sm120::quantize.out", lib=_lib)
-def _quantize_out_fake(
-    x: torch.Tensor,
-    format: str,
-    gran_k: int,
-    gran_mn: int,
-    rule: str,
-    *,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-) -> None:
-    _check_quantize(x, format, gran_k, gran_mn, rule)
-    _check_quantize_out(x, format, gran_k, out, out_scale)
+_lib.reference(
+    "quantize",
+    check=_check_quantize,
+    check_out=_check_quantize_out,
+    new=_new_quantized,
+    compute=_quantized,
+)
 
 
 def quantize(
@@ -280,7 +251,8 @@ def quantize(
 
 def _check_dequantize(
     data: torch.Tensor, scale: torch.Tensor, gran_k: int, dtype: torch.dtype
-) -> None:
+) -> tuple[int, int]:
+    """Gives the shape of the result."""
     op = "dequantize"
     _check.require_choice(op, "gran_k", gran_k, GRANS_K)
     _check.require_choice(op, "dtype", dtype, FLOAT_DTYPES)
@@ -290,6 +262,14 @@ def _check_dequantize(
         _check.fail(op, "data", "stride(1) == 1 (K-major)", f"strides {list(data.stride())}")
     check_packed_scales(op, "scale", scale, data.shape[0], ceil_div(logical_k(data), gran_k))
     _check.require_same_device(op, "data", data=data, scale=scale)
+    return data.shape[0], logical_k(data)
+
+
+def _check_dequantize_out(
+    out: torch.Tensor, shape: tuple[int, int], data: torch.Tensor, scale: torch.Tensor
+) -> None:
+    check_out("dequantize", "out", out, shape, (out.dtype,))
+    _check.require_no_overlap("dequantize", "out", out, data=data, scale=scale)
 
 
 def logical_k(data: torch.Tensor) -> int:
@@ -320,39 +300,21 @@ def scale_values(scale: torch.Tensor, gran_k: int, k: int, dtype: torch.dtype) -
     return values.repeat_interleave(gran_k, 1)[:, :k]
 
 
-@torch.library.impl(_lib, "dequantize", "CPU")
-def _dequantize_cpu(
+def _dequantized(
     data: torch.Tensor, scale: torch.Tensor, gran_k: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    _check_dequantize(data, scale, gran_k, dtype)
     scales = scale_values(scale, gran_k, logical_k(data), torch.float32)
     return fresh((decode(data, torch.float32) * scales).to(dtype))
 
 
-@torch.library.impl(_lib, "dequantize.out", "CPU")
-def _dequantize_out_cpu(
-    data: torch.Tensor, scale: torch.Tensor, gran_k: int, *, out: torch.Tensor
-) -> None:
-    _dequantize_out_fake(data, scale, gran_k, out=out)
-    out.copy_(_dequantize_cpu(data, scale, gran_k, out.dtype))
-
-
-@torch.library.register_fake("sm120::dequantize", lib=_lib)
-def _dequantize_fake(
-    data: torch.Tensor, scale: torch.Tensor, gran_k: int, dtype: torch.dtype
-) -> torch.Tensor:
-    _check_dequantize(data, scale, gran_k, dtype)
-    return data.new_empty((data.shape[0], logical_k(data)), dtype=dtype)
-
-
-@torch.library.register_fake("sm120::dequantize.out", lib=_lib)
-def _dequantize_out_fake(
-    data: torch.Tensor, scale: torch.Tensor, gran_k: int, *, out: torch.Tensor
-) -> None:
-    _check.require_dtype("dequantize", "out", out, FLOAT_DTYPES)
-    _check_dequantize(data, scale, gran_k, out.dtype)
-    check_out("dequantize", "out", out, (data.shape[0], logical_k(data)), (out.dtype,))
-    _check.require_no_overlap("dequantize", "out", out, data=data, scale=scale)
+_lib.reference(
+    "dequantize",
+    check=_check_dequantize,
+    check_out=_check_dequantize_out,
+    new=lambda data, shape, dtype: data.new_empty(shape, dtype=dtype),
+    compute=_dequantized,
+    dtypes=FLOAT_DTYPES,
+)
 
 
 def dequantize(

@@ -18,9 +18,9 @@ import torch
 
 from sm120_ops._console import make_console, require_writable, step
 from sm120_ops.device import Environment, describe, is_supported
-from sm120_ops.selftest import cases, formulas, grouped, moe, mqa, products
-from sm120_ops.selftest.bounds import SumCase, sum_error
-from sm120_ops.selftest.einsum import EinsumCase, einsum_cases
+from sm120_ops.selftest import cases, grouped, moe, mqa, products
+from sm120_ops.selftest.bounds import Case, same_bits
+from sm120_ops.selftest.einsum import einsum_cases
 
 FORMULA = "CPU reference to FP64 formula"
 REFERENCE, GPU_FORMULA, RERUN = "GPU to CPU reference", "GPU to FP64 formula", "GPU to second run"
@@ -50,135 +50,23 @@ def case_name(case: Any) -> str:
     )
 
 
-def same_bits(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Share of elements that differ, by their bits (so that NaN equals NaN)."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return float("nan")
-    if got.numel() == 0:
-        return 0.0
-    # clone(), for contiguous() leaves a [1, 1] tensor with any strides as it is.
-    a, b = (t.clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (got, want))
-    return (a != b).double().mean().item()
+def check_on_cpu(family: str, case: Case) -> Iterator[Outcome]:
+    for part, error in case.errors(case.run(torch.device("cpu"))).items():
+        yield Outcome(family, f"{case_name(case)} [{part}]", FORMULA, error, case.allowed)
 
 
-def gemm_magnitude(case: cases.GemmCase | EinsumCase) -> torch.Tensor:
-    """|A| |B|^T + |C| in the columns of D: the scale of what rounding can do, for each element."""
-    if isinstance(case, EinsumCase):
-        return case.magnitude()
-    a, sfa, b, sfb = case.operands()
-    left = formulas.dequantize(a, sfa, case.grans[0]).abs()
-    right = formulas.dequantize(b, sfb, case.grans[1]).abs()
-    initial = case.initial_output().double().abs()
-    return spread_heads(case, left @ right.T) + (initial if case.accumulate else 0)
-
-
-def spread_heads(case: cases.GemmCase, product: torch.Tensor) -> torch.Tensor:
-    """A product [M, N] in D's whole buffer: head-split middle columns and row gaps are zero."""
-    full = product.new_zeros(case.M, case.columns + case.pad)
-    column = torch.arange(case.N)
-    if case.splits is not None:
-        left, mid, right = case.splits
-        head, rest = column // (left + right), column % (left + right)
-        column = head * (left + mid + right) + torch.where(rest < left, rest, rest + mid)
-    full[:, column] = product
-    return full
-
-
-def gemm_formula(case: cases.GemmCase | EinsumCase) -> torch.Tensor:
-    """D's whole buffer in FP64, what the op leaves alone included."""
-    if isinstance(case, EinsumCase):
-        return case.formula()
-    a, sfa, b, sfb = case.operands()
-    left = formulas.dequantize(a, sfa, case.grans[0])
-    right = formulas.dequantize(b, sfb, case.grans[1])
-    product = spread_heads(case, left @ right.T)
-    written = spread_heads(case, torch.ones(case.M, case.N, dtype=torch.float64)) > 0
-    initial = case.initial_output().double()
-    return torch.where(written, product + (initial if case.accumulate else 0), initial)
-
-
-def gemm_error(
-    case: cases.GemmCase | EinsumCase, got: torch.Tensor, want: torch.Tensor, roundings: int = 1
-) -> float:
-    return sum_error(got, want, gemm_magnitude(case), roundings)
-
-
-def formula_errors(case: Any, got: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Errors of a result of the CPU reference against FP64; every value allowed is at most 1."""
-    if isinstance(case, cases.GemmCase | EinsumCase):
-        return {"out": gemm_error(case, got["out"], gemm_formula(case))}
-    if isinstance(case, SumCase):
-        return {"out": case.error(got["out"])}
-    if isinstance(case, cases.QuantizeCase):
-        values, byte = formulas.quantize(
-            case.input(), case.format, case.gran_k, case.gran_mn, case.rule
-        )
-        data = got["data"] if case.format == "mxfp4" else got["data"].view(torch.float8_e4m3fn)
-        codes = formulas.code_values(case.format)[formulas.codes_of(data)]
-        packed_byte = formulas.scale_bytes(got["scale"], byte.shape[1])
-        restored = formulas.dequantize(data, got["scale"], case.gran_k)
-        # `!=` counts differing elements: 0 and -0 are equal, as they should be here.
-        return {
-            "data": float((codes != values).sum()),
-            "scale": float((packed_byte != byte).sum()),
-            "dequantized": float((got["dequantized"] != restored.float()).sum()),
-        }
-    if isinstance(case, products.Case):
-        want = case.formula()
-        return {part: case.error(part, got[part], want[part]) for part in want}
-    if isinstance(case, moe.MoeCase):
-        allowed = moe.FORMAT_ERROR[case.format]
-        return {"out": moe.relative_error(got["out"], moe.formula(case), allowed)}
-    codes = got["unpack_fp4"]
-    byte = got["unpack_scales(uint8)"]
-    return {
-        "pack_scales": float(
-            (formulas.scale_bytes(got["pack_scales(uint8)"], byte.shape[1]) != byte).sum()
-        ),
-        "unpack_scales": same_bits(
-            got["unpack_scales(float32)"].nan_to_num(-1),
-            formulas.scale_values(byte).float().nan_to_num(-1),
-        ),
-        "pack_fp4": float((formulas.codes_of(got["pack_fp4"]) != codes).sum()),
-        "transpose_fp4": float(
-            (formulas.codes_of(got["transpose_fp4"]) != formulas.codes_of(got["pack_fp4"]).T).sum()
-        ),
-    }
-
-
-def check_on_cpu(family: str, case: Any) -> Iterator[Outcome]:
-    bounded = ("gemm", "einsum", "moe", *products.FAMILIES)
-    allowed = 1.0 if family in bounded or isinstance(case, SumCase) else 0.0
-    for part, error in formula_errors(case, case.run(torch.device("cpu"))).items():
-        yield Outcome(family, f"{case_name(case)} [{part}]", FORMULA, error, allowed)
-
-
-def check_on_gpu(family: str, case: Any, device: torch.device) -> Iterator[Outcome]:
+def check_on_gpu(family: str, case: Case, device: torch.device) -> Iterator[Outcome]:
     want = case.run(torch.device("cpu"))
     got, again = case.run(device), case.run(device)
     for part, value in got.items():
         name = f"{case_name(case)} [{part}]"
         yield Outcome(family, name, RERUN, same_bits(again[part], value), 0.0)
-        if family in ("gemm", "einsum"):
-            error = gemm_error(case, value, want[part].double(), roundings=2)
-            yield Outcome(family, name, REFERENCE, error, 1.0)
-            error = gemm_error(case, value, gemm_formula(case))
-            yield Outcome(family, name, GPU_FORMULA, error, 1.0)
-        elif isinstance(case, SumCase):
-            yield Outcome(family, name, REFERENCE, case.error(value, want[part]), 1.0)
-            yield Outcome(family, name, GPU_FORMULA, case.error(value), 1.0)
-        elif family in products.FAMILIES:
-            yield Outcome(family, name, REFERENCE, case.error(part, value, want[part]), 1.0)
-            yield Outcome(family, name, GPU_FORMULA, formula_errors(case, got)[part], 1.0)
-        elif family == "moe":
-            error = moe.relative_error(value, want[part], moe.REFERENCE_ERROR)
-            yield Outcome(family, name, REFERENCE, error, 1.0)
-            yield Outcome(family, name, GPU_FORMULA, formula_errors(case, got)[part], 1.0)
-        else:
-            yield Outcome(family, name, REFERENCE, same_bits(value, want[part]), 0.0)
+    for against, errors in ((REFERENCE, case.errors(got, want)), (GPU_FORMULA, case.errors(got))):
+        for part, error in errors.items():
+            yield Outcome(family, f"{case_name(case)} [{part}]", against, error, case.allowed)
 
 
-def all_cases(quick: bool) -> dict[str, list[Any]]:
+def all_cases(quick: bool) -> dict[str, list[Case]]:
     return {
         "quantize": list(cases.quantize_cases(quick)),
         "layout": list(cases.layout_cases(quick)),

@@ -1,4 +1,4 @@
-"""What rounding can do to sums of products, and the cases that are held to it."""
+"""What a case of the self-test is, and what rounding can do to sums of products."""
 
 from __future__ import annotations
 
@@ -37,16 +37,67 @@ def sum_error(
     return worst
 
 
-class SumCase(abc.ABC):
-    """A case whose one result, "out", is sums of products: what its family's file has to say."""
+Parts = dict[str, torch.Tensor]
+
+
+class Case(abc.ABC):
+    """An op, or a few, on one set of inputs."""
+
+    allowed = 1.0  # the most that an error may be
 
     @abc.abstractmethod
-    def run(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The result, on the CPU."""
+    def run(self, device: torch.device) -> Parts:
+        """The results, on the CPU."""
+
+    @abc.abstractmethod
+    def errors(self, got: Parts, want: Parts | None = None) -> dict[str, float]:
+        """Of each part, against the FP64 formula or, where given, the CPU reference's results.
+
+        In units of what is allowed; where nothing is, what share or how much differs.
+        """
+
+
+class ExactCase(Case):
+    """Bits that have to be equal on all devices."""
+
+    allowed = 0.0
+
+    def errors(self, got: Parts, want: Parts | None = None) -> dict[str, float]:
+        if want is None:
+            return self.differences(got)
+        return {part: same_bits(value, want[part]) for part, value in got.items()}
+
+    @abc.abstractmethod
+    def differences(self, got: Parts) -> dict[str, float]:
+        """From the formula."""
+
+
+def same_bits(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Share of elements that differ, by their bits (so that NaN equals NaN)."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("nan")
+    if got.numel() == 0:
+        return 0.0
+    # clone(), for contiguous() leaves a [1, 1] tensor with any strides as it is.
+    a, b = (t.clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (got, want))
+    return (a != b).double().mean().item()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor, allowed: float) -> float:
+    """Of the Frobenius norm, in units of what is allowed; NaN where the result is."""
+    difference, norm = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    return difference / norm / allowed if norm > 0 else difference
+
+
+class SumCase(Case):
+    """A case whose one result, "out", is sums of products: what its family's file has to say."""
 
     @abc.abstractmethod
     def formula(self) -> tuple[torch.Tensor, torch.Tensor]:
         """FP64 values of "out", and the sums of magnitudes."""
+
+    def errors(self, got: Parts, want: Parts | None = None) -> dict[str, float]:
+        return {"out": self.error(got["out"], None if want is None else want["out"])}
 
     def error(self, got: torch.Tensor, want: torch.Tensor | None = None) -> float:
         """Against the formula or, where given, the CPU reference's result."""

@@ -1,7 +1,6 @@
 """The self-test's cases: small and medium shapes that reach every format, layout and edge.
 
-A case runs an op on a device and gives the parts of its result, moved to the CPU. On a GPU they are
-compared with the same case on the CPU; on the CPU with the FP64 formulas.
+On a GPU a case's results are compared with those on the CPU, and everywhere with the FP64 formulas.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ import random
 from collections.abc import Iterator
 
 import torch
+
+from sm120_ops.selftest import formulas
+from sm120_ops.selftest.bounds import ExactCase, Parts, SumCase, same_bits
 
 FORMAT_PAIRS = (("mxfp8", "mxfp8"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp8"))
 POISON = -77.0  # in outputs before the op runs; no product has it in every element
@@ -37,7 +39,7 @@ def random_matrix(rows: int, columns: int, seed: int, dtype: torch.dtype) -> tor
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeCase:
+class QuantizeCase(ExactCase):
     M: int
     K: int
     format: str
@@ -70,6 +72,21 @@ class QuantizeCase:
             "dequantized": restored.cpu(),
         }
 
+    def differences(self, got: Parts) -> dict[str, float]:
+        values, byte = formulas.quantize(
+            self.input(), self.format, self.gran_k, self.gran_mn, self.rule
+        )
+        data = got["data"] if self.format == "mxfp4" else got["data"].view(torch.float8_e4m3fn)
+        codes = formulas.code_values(self.format)[formulas.codes_of(data)]
+        packed_byte = formulas.scale_bytes(got["scale"], byte.shape[1])
+        restored = formulas.dequantize(data, got["scale"], self.gran_k)
+        # `!=` counts differing elements: 0 and -0 are equal, as they should be here.
+        return {
+            "data": float((codes != values).sum()),
+            "scale": float((packed_byte != byte).sum()),
+            "dequantized": float((got["dequantized"] != restored.float()).sum()),
+        }
+
 
 def quantize_cases(quick: bool) -> Iterator[QuantizeCase]:
     shapes = ((1, 32), (5, 96), (33, 288), (130, 2880), (257, 1024))
@@ -87,7 +104,7 @@ def quantize_cases(quick: bool) -> Iterator[QuantizeCase]:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutCase:
+class LayoutCase(ExactCase):
     rows: int
     groups: int
     gran_mn: int = 1
@@ -118,6 +135,25 @@ class LayoutCase:
             "transpose_fp4": ops.transpose_fp4(fp4).cpu(),
         }
 
+    def differences(self, got: Parts) -> dict[str, float]:
+        codes = got["unpack_fp4"]
+        byte = got["unpack_scales(uint8)"]
+        return {
+            "pack_scales": float(
+                (formulas.scale_bytes(got["pack_scales(uint8)"], byte.shape[1]) != byte).sum()
+            ),
+            "unpack_scales": same_bits(
+                got["unpack_scales(float32)"].nan_to_num(-1),
+                formulas.scale_values(byte).float().nan_to_num(-1),
+            ),
+            "pack_fp4": float((formulas.codes_of(got["pack_fp4"]) != codes).sum()),
+            "transpose_fp4": float(
+                (
+                    formulas.codes_of(got["transpose_fp4"]) != formulas.codes_of(got["pack_fp4"]).T
+                ).sum()
+            ),
+        }
+
 
 def layout_cases(quick: bool) -> Iterator[LayoutCase]:
     for rows, groups in ((1, 1), (6, 5), (130, 23), *(() if quick else ((1031, 56),))):
@@ -126,7 +162,7 @@ def layout_cases(quick: bool) -> Iterator[LayoutCase]:
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmCase:
+class GemmCase(SumCase):
     M: int
     N: int
     K: int
@@ -181,6 +217,29 @@ class GemmCase:
             out=out,
         )
         return {"out": buffer.cpu()}
+
+    def formula(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """D's whole buffer, what the op leaves alone included; |A| |B|^T + |C| in D's columns."""
+        a, sfa, b, sfb = self.operands()
+        left = formulas.dequantize(a, sfa, self.grans[0])
+        right = formulas.dequantize(b, sfb, self.grans[1])
+        product, magnitude = left @ right.T, left.abs() @ right.abs().T
+        written = self._spread(torch.ones(self.M, self.N, dtype=torch.float64)) > 0
+        initial = self.initial_output().double()
+        added = initial if self.accumulate else torch.zeros_like(initial)
+        values = torch.where(written, self._spread(product) + added, initial)
+        return values, self._spread(magnitude) + added.abs()
+
+    def _spread(self, product: torch.Tensor) -> torch.Tensor:
+        """A product [M, N] in D's whole buffer: head-split middle columns and row gaps are zero."""
+        full = product.new_zeros(self.M, self.columns + self.pad)
+        column = torch.arange(self.N)
+        if self.splits is not None:
+            left, mid, right = self.splits
+            head, rest = column // (left + right), column % (left + right)
+            column = head * (left + mid + right) + torch.where(rest < left, rest, rest + mid)
+        full[:, column] = product
+        return full
 
     def _strided(self, data: torch.Tensor) -> torch.Tensor:
         if self.pad == 0:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sm120_ops.selftest import formulas
+from sm120_ops.selftest.bounds import SumCase
 from sm120_ops.selftest.cases import POISON, random_matrix
 
 # Scaled operands are quantised along their last index, which is then the one summed over.
@@ -21,7 +22,7 @@ SUM = "bmk,bnk->mn"
 
 
 @dataclasses.dataclass(frozen=True)
-class EinsumCase:
+class EinsumCase(SumCase):
     equation: str
     sizes: tuple[tuple[str, int], ...]
     format: str = "bf16"
@@ -110,11 +111,8 @@ class EinsumCase:
             product = product + initial[..., :columns]
         return torch.cat((product, initial[..., columns:]), -1)
 
-    def formula(self) -> torch.Tensor:
-        return self._spread(absolute=False)
-
-    def magnitude(self) -> torch.Tensor:
-        return self._spread(absolute=True)
+    def formula(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._spread(absolute=False), self._spread(absolute=True)
 
 
 def einsum_cases(quick: bool) -> Iterator[EinsumCase]:

@@ -10,6 +10,7 @@ import torch
 
 from sm120_ops.bench.routing import ROUTINGS, expert_ids
 from sm120_ops.nn import MXExperts
+from sm120_ops.selftest.bounds import Case, Parts, relative_error
 
 # Relative Frobenius error of a layer of random weights: two products of quantised operands and the
 # activation between them.
@@ -20,7 +21,7 @@ REFERENCE_ERROR = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeCase:
+class MoeCase(Case):
     tokens: int
     experts: int
     topk: int
@@ -50,11 +51,12 @@ class MoeCase:
         module = MXExperts.from_float(**weights, format=self.format, activation=self.activation)
         return {"out": module.to(device)(*(t.to(device) for t in inputs)).cpu()}
 
-
-def relative_error(got: torch.Tensor, want: torch.Tensor, allowed: float) -> float:
-    """In units of what is allowed; NaN where the result is."""
-    difference, norm = (got.double() - want.double()).norm().item(), want.double().norm().item()
-    return difference / norm / allowed if norm > 0 else difference
+    def errors(self, got: Parts, want: Parts | None = None) -> dict[str, float]:
+        if want is None:
+            error = relative_error(got["out"], formula(self), FORMAT_ERROR[self.format])
+        else:
+            error = relative_error(got["out"], want["out"], REFERENCE_ERROR)
+        return {"out": error}
 
 
 def formula(case: MoeCase) -> torch.Tensor:

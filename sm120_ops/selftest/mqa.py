@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from sm120_ops.selftest import formulas
-from sm120_ops.selftest.bounds import SumCase
+from sm120_ops.selftest.bounds import ExactCase, Parts, SumCase
 from sm120_ops.selftest.cases import random_matrix
 
 
@@ -155,7 +155,70 @@ class PagedCase(SumCase):
         return want, magnitude
 
 
-def mqa_cases(quick: bool) -> Iterator[RaggedCase | PagedCase]:
+@dataclasses.dataclass(frozen=True)
+class IndexerCase(ExactCase):
+    """What stands around the logits: the cache's writer, the schedule and top-k."""
+
+    rows: int
+    dim: int
+    block_kv: int
+    format: str
+    k: int
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Keys, their slots, logits with ties, ends of the windows."""
+        generator = torch.Generator().manual_seed(self.rows)
+        slots = torch.randperm(self.rows + 9, generator=generator)[: self.rows]
+        slots[::7] = -1
+        logits = torch.randint(-20, 20, (self.rows, 3 * self.k), generator=generator).float()
+        ends = torch.randint(0, 3 * self.k, (self.rows,), generator=generator)
+        return random_matrix(self.rows, self.dim, 1, torch.bfloat16), slots, logits, ends.int()
+
+    def run(self, device: torch.device) -> Parts:
+        keys, slots, logits, ends = (t.to(device) for t in self.inputs())
+        ops, blocks = torch.ops.sm120, -(-(self.rows + 9) // self.block_kv)
+        width = self.dim if self.format == "mxfp8" else self.dim // 2
+        shape = (blocks, self.block_kv, 1, width + 4)
+        cache = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
+        ops.mqa_cache_write(keys, slots, cache, self.format)
+        return {
+            "cache": cache.cpu(),
+            "schedule": ops.paged_mqa_metadata(ends, 5).cpu(),
+            "top-k": ops.indexer_topk(logits, None, ends, self.k).cpu(),
+        }
+
+    def differences(self, got: Parts) -> dict[str, float]:
+        keys, slots, logits, ends = self.inputs()
+        gran_k = 128 if self.format == "mxfp8" else 32
+        values, byte = formulas.quantize(keys, self.format, gran_k, 1, "deepgemm")
+        pages = got["cache"].flatten(1)
+        width = got["cache"].shape[3] - 4
+        wrong = 0
+        for row, slot in enumerate(slots.tolist()):
+            if slot < 0:
+                continue
+            page, at = pages[slot // self.block_kv], slot % self.block_kv
+            data = page[at * width : (at + 1) * width][None]
+            if self.format == "mxfp8":
+                data = data.view(torch.float8_e4m3fn)
+            codes = formulas.code_values(self.format)[formulas.codes_of(data)]
+            wrong += int((codes[0] != values[row]).sum())
+            scale = page[self.block_kv * width + 4 * at :][:4]
+            if self.format == "mxfp8":
+                want = formulas.scale_values(byte[row]).float().view(torch.uint8)
+            else:
+                want = torch.cat((byte[row], byte.new_zeros(4)))[:4]
+            wrong += int((scale != want.to(torch.uint8)).sum())
+        chosen = torch.full((self.rows, self.k), -1, dtype=torch.int32)
+        for row, end in enumerate(ends.tolist()):
+            ranked = sorted(range(end), key=lambda column: (-logits[row, column].item(), column))
+            best = sorted(ranked[: self.k])
+            chosen[row, : len(best)] = torch.tensor(best, dtype=torch.int32)
+        # The schedule's cut is checked by the logits of the paged cases.
+        return {"cache": float(wrong), "top-k": float((got["top-k"] != chosen).sum())}
+
+
+def mqa_cases(quick: bool) -> Iterator[RaggedCase | PagedCase | IndexerCase]:
     for fmt in ("mxfp8", "mxfp4"):
         for heads, dim in ((64, 128), (32, 64), (8, 32)):
             yield RaggedCase(7, heads, dim, 300, fmt)
@@ -165,3 +228,5 @@ def mqa_cases(quick: bool) -> Iterator[RaggedCase | PagedCase]:
         if not quick:
             yield RaggedCase(260, 128, 128, 700, fmt)
             yield PagedCase((1000, 3, 512, 77, 200), 3, 32, 128, 128, fmt)
+        yield IndexerCase(37, 128, 64, fmt, 40)
+        yield IndexerCase(90, 64, 16, fmt, 7)

@@ -1,20 +1,19 @@
 """BF16 GEMMs, dense and in groups, and the hyper-connection prenorm, of the self-test.
 
-A case runs an op on a device and gives its results on the CPU; `formula` gives the same in FP64,
-and `error` the distance of two such results in units of what is allowed.
+`formula` gives a case's results in FP64, and `error` the distance of one of them from another.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import random
 from collections.abc import Iterator
 
 import torch
 
+from sm120_ops.selftest.bounds import Case, Parts, relative_error
 from sm120_ops.selftest.cases import POISON, random_matrix
-
-Parts = dict[str, torch.Tensor]
 
 # Relative norms. An MMA cuts off what does not fit the sum's 24 bits: K * 2^-29 on average.
 SUM_ERROR, SUM_ERROR_OF_K = 1e-6, 2.0**-29
@@ -22,9 +21,20 @@ BF16_ERROR = 2.0**-8  # of one rounding, or of two by chance on two sides of a m
 SQUARES_ERROR = 1e-6
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor, allowed: float) -> float:
-    difference, norm = (got.double() - want.double()).norm().item(), want.double().norm().item()
-    return difference / norm / allowed if norm > 0 else difference
+class NormCase(Case):
+    """A case whose results are judged as a whole."""
+
+    @abc.abstractmethod
+    def formula(self) -> Parts:
+        """FP64 values of the results."""
+
+    @abc.abstractmethod
+    def error(self, part: str, got: torch.Tensor, want: torch.Tensor) -> float:
+        """In units of what is allowed."""
+
+    def errors(self, got: Parts, want: Parts | None = None) -> dict[str, float]:
+        want = self.formula() if want is None else want
+        return {part: self.error(part, value, want[part]) for part, value in got.items()}
 
 
 def _matrix(rows: int, columns: int, seed: int, mn_major: bool) -> torch.Tensor:
@@ -43,7 +53,7 @@ def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bf16Case:
+class Bf16Case(NormCase):
     M: int
     N: int
     K: int
@@ -81,7 +91,7 @@ class Bf16Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedCase:
+class GroupedCase(NormCase):
     """Tokens of some experts, in segments with padding; and the gradients of their weights."""
 
     experts: int
@@ -111,12 +121,26 @@ class GroupedCase:
     def run(self, device: torch.device) -> Parts:
         a, b, index, sizes = self.parts()
         ops = torch.ops.sm120
+        weights = _moved(b, device)
         d = ops.bf16_grouped_gemm(
-            a.to(device), _moved(b, device), index.to(device), torch.float32, self.alignment
+            a.to(device), weights, index.to(device), torch.float32, self.alignment
+        )
+        starts = torch.cumsum(-(-sizes // self.alignment) * self.alignment, 0)
+        ends = torch.cat((sizes.new_zeros(1), starts[:-1])).int() + sizes
+        psum = ops.bf16_grouped_gemm_psum(
+            a.to(device), weights, ends.to(device), torch.float32, self.alignment
+        )
+        padded = a.new_full((self.experts, self.rows, self.K), torch.nan)
+        for expert in range(self.experts):
+            padded[expert, : sizes[expert]] = a[index == expert]
+        masked = ops.bf16_grouped_gemm_masked(
+            padded.to(device), weights, sizes.to(device), torch.float32
         )
         tokens = a[index >= 0].to(device)
         return {
             "out": d.cpu(),
+            "psum": psum.cpu(),
+            "masked": masked.cpu(),
             "gradients": ops.bf16_k_grouped_gemm(
                 tokens, tokens[:, : self.N], sizes.to(device), torch.float32
             ).cpu(),
@@ -126,18 +150,20 @@ class GroupedCase:
         a, b, index, _ = self.parts()
         d = torch.zeros(len(index), self.N, dtype=torch.float64)
         gradients = torch.zeros(self.experts, self.K, min(self.N, self.K), dtype=torch.float64)
+        masked = torch.zeros(self.experts, self.rows, self.N, dtype=torch.float64)
         for expert in range(self.experts):
             x = a[index == expert].double()
             d[index == expert] = x @ b[expert].double().T
+            masked[expert, : len(x)] = d[index == expert]
             gradients[expert] = x.T @ x[:, : self.N]
-        return {"out": d, "gradients": gradients}
+        return {"out": d, "psum": d, "masked": masked, "gradients": gradients}
 
     def error(self, part: str, got: torch.Tensor, want: torch.Tensor) -> float:
         return relative_error(got, want, max(SUM_ERROR, SUM_ERROR_OF_K * max(self.K, self.rows)))
 
 
 @dataclasses.dataclass(frozen=True)
-class PrenormCase:
+class PrenormCase(NormCase):
     M: int
     N: int
     K: int
@@ -169,11 +195,7 @@ class PrenormCase:
         return relative_error(got, want, allowed)
 
 
-Case = Bf16Case | GroupedCase | PrenormCase
-FAMILIES = ("bf16", "hc_prenorm")
-
-
-def bf16_cases(quick: bool) -> Iterator[Case]:
+def bf16_cases(quick: bool) -> Iterator[NormCase]:
     edges = ((1, 1, 8), (1, 2112, 768), (16, 136, 2880), (64, 96, 4096), (130, 257, 512),
              (5, 24, 0))  # fmt: skip
     for layout in ("nt", "nn", "tn", "tt"):
