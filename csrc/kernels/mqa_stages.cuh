@@ -13,9 +13,9 @@ struct alignas(16) SegmentInfo {
   int row, rows;  // 0 rows at the end of all work
   int first_key, tiles;
 };
-// Places for them. The producer writes one when the stage for the segment's queries is free. That
-// stage was last used by the queries of kInfos segments before or later than they were, for a segment
-// has two stages at least; so all warps have read what stood in the place.
+// Places for them. The producer writes one when the stage for the segment's queries is free. All
+// warps have then given back the queries of kInfos segments ago, for a segment has two stages at
+// least and the ring no more than 2 * kInfos: so they have read what stood in the place.
 inline constexpr int kInfos = 4;
 
 // kBoxQueries: queries of a box, 0 if a box is half of one. A constant, so that the sums over heads
