@@ -192,6 +192,9 @@ class MqaMma {
     convert_keys(a_[0], raw, 0);
   }
 
+  // The same where no keys follow.
+  __device__ __forceinline__ void last_step(float (&acc)[NT][4]) { multiply_step<kSteps - 1>(acc); }
+
   // Factor of the current keys' logits, for key g + 8 * (t % 2). To be read before last_step().
   __device__ __forceinline__ float row_factor() const {
     if constexpr (!kFp4) return __uint_as_float(word_);

@@ -31,11 +31,15 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
     p.rows.cell_rows = kMqaWarps * 8 * tiles / p.heads;
     p.rows.cells = static_cast<int>(ceil_div(p.rows.num_rows, p.rows.cell_rows));
   }
-  // About 1.5 us on the H200, as many as a tile of two or more boxes, or two tiles of one, take.
-  p.rows.overhead = p.rows.cell_rows * p.heads > 8 * tiles ? 1 : 2;
+  p.rows.overhead = 1;  // 2 where tiles are short makes no difference that can be measured
   p.heads_shift = log2_of(p.heads);
   p.page_shift = log2_of(p.block_kv);
   p.scale_shift = p.block_kv == 16 ? 3 : 2;  // TMA writes to multiples of 128 bytes
+  p.boxes_a_cta = static_cast<float>(p.rows.num_rows) * p.heads / (8 * tiles * ctas);
+  if (!ragged) {
+    p.table_entries = (p.rows.cells - 1) * p.table_stride + ceil_div(p.rows.limit, p.block_kv);
+    p.entries_a_cta = ceil_div(p.table_entries, ctas);
+  }
   p.q = operand_map(q.data, static_cast<int64_t>(p.rows.num_rows) * p.heads, row_bytes, row_bytes,
                     8 * tiles, row_bytes);
   p.num_blocks = static_cast<int32_t>(k.count);

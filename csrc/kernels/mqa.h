@@ -19,10 +19,12 @@ struct MqaParams {
   const float* weights;     // [rows, H]
   int64_t weights_stride;
   const int32_t* block_table;  // paged: [B, any]
-  int64_t table_stride;
+  int64_t table_stride, table_entries;
   int32_t num_blocks, block_kv;     // ragged: keys (0 or not), and 128 as a stage's block
   int32_t page_shift, scale_shift;  // log2 of block_kv; of the bytes between scales in a stage
   int32_t heads, heads_shift;       // and log2 of it
+  float boxes_a_cta;                // of queries, if all cells had the same length
+  int64_t entries_a_cta;            // of the block table, which has table_entries in all
   void* out;                        // [rows, columns]
   int64_t out_stride;
   int32_t columns;

@@ -176,31 +176,33 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   float acc[T::NT][4];
   mma.start(rows(key), scales(key));
   mma.first_steps(acc, rows(key));
-  bool turns = key + step >= kTileKeys && left > 1;
+  bool turns = key + step >= kTileKeys;
   bool full = ring.next_is_full();  // asked for early: the answer takes a while
-  do {
-    const int current = tile_key + key;
-    const uint32_t known = pages >> (key >> p.page_shift) & 1;  // of lane 0
-    const float factor = mma.row_factor();
+  while (true) {
     mma.correct(acc, rows(key), words);
-    // The last keys of all load themselves again.
+    if (--left == 0) break;
+    const int current = tile_key + key;
+    const uint32_t copied = pages >> (key >> p.page_shift) & 1;  // of lane 0
+    const float factor = mma.row_factor();
     if (turns) {
       ring.release();
       if (!full) mbarrier_wait(ring.full(), ring.at.parity);
       pages = ring.read_pages();
       tile_key += kTileKeys;
       key = first;
-    } else if (left > 1) {
+    } else {
       key += step;
     }
-    --left;
-    turns = key + step >= kTileKeys && left > 1;
+    turns = key + step >= kTileKeys;
     mma.last_step(acc, rows(key), scales(key));
-    finish_keys<T>(p, ring.base, share, acc, current, from_lane(known, 0), factor);
+    finish_keys<T>(p, ring.base, share, acc, current, from_lane(copied, 0), factor);
     mma.first_steps(acc, rows(key));
     full = ring.next_is_full();
-  } while (left > 0);
+  }
+  const uint32_t copied = pages >> (key >> p.page_shift) & 1;
   ring.release();
+  mma.last_step(acc);
+  finish_keys<T>(p, ring.base, share, acc, tile_key + key, from_lane(copied, 0), mma.row_factor());
   skip_keys(ring, tiles - stop);
 }
 
@@ -210,8 +212,7 @@ __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring)
   Share share;
   share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
-    mbarrier_wait(ring.full(), ring.at.parity);
-    const StageInfo info = ring.read_segment();
+    const SegmentInfo info = ring.read_segment();
     if (info.rows == 0) return;
     const int boxes = (info.rows * p.heads + T::kColumns - 1) / T::kColumns;
     take_share(p, ring, info.row, info.rows, boxes, share);
@@ -238,11 +239,14 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
   extern __shared__ __align__(1024) uint8_t smem[];
   MqaRing<T> ring;
   ring.base = opaque(smem_address(smem));
-  if (threadIdx.x == 0) {
+  constexpr int kWarps = kMqaThreads / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x == kMqaThreads - kWarpSize) {  // of the warp with the fewest cells to look at
     for (int s = 0; s < T::kStages; ++s) {
       mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMqaWarps);
     }
+    for (int i = 0; i < kInfos; ++i) mbarrier_init(ring.base + T::kToldAt + 8 * i, 1);
     mbarrier_init_fence();
     tma_prefetch_map(&p.q);
     if (p.num_blocks > 0) {
@@ -251,26 +255,25 @@ __global__ void __launch_bounds__(kMqaThreads, 1) mqa_logits(const __grid_consta
     }
   }
   pdl_wait();  // global memory may be touched from here on
-  constexpr int kWarps = kMqaThreads / kWarpSize;
-  auto* cursors = reinterpret_cast<Cursor*>(smem + T::kCursorsAt);
+  auto* found = reinterpret_cast<Cursor*>(smem + T::kCursorsAt);
+  const Cursor* cursors = found;
+  const bool few = p.metadata == nullptr && p.rows.cells <= kWarpSize;
   if (p.metadata != nullptr) {
-    if (threadIdx.x < 4) {
-      reinterpret_cast<int32_t*>(cursors)[threadIdx.x] = p.metadata[2 * blockIdx.x + threadIdx.x];
-    }
-  } else {
-    find_cursors<kWarps>(p.rows, gridDim.x, blockIdx.x, blockIdx.x + 1, cursors,
+    cursors = reinterpret_cast<const Cursor*>(p.metadata) + blockIdx.x;
+  } else if (!few) {
+    find_cursors<kWarps>(p.rows, gridDim.x, blockIdx.x, blockIdx.x + 1, found,
                          *reinterpret_cast<int64_t (*)[kWarps]>(smem + T::kSumsAt));
   }
   __syncthreads();
 
-  const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMqaWarps) {
     shrink_registers<kOtherRegisters>();
     if (warp == kMqaWarps) {
-      produce_mqa<T>(p, ring, cursors[0], cursors[1]);
-    } else if (p.clean) {
-      fill_outside(p, warp - kMqaWarps - 1, kWarps - kMqaWarps - 1);
+      produce_mqa<T>(p, ring, few ? SegmentWalk() : SegmentWalk(p.rows, cursors[0], cursors[1]));
+      return;
     }
+    if (few && warp == kMqaWarps + 1) prefetch_start<T>(p);
+    if (p.clean) fill_outside(p, warp - kMqaWarps - 1, kWarps - kMqaWarps - 1);
     return;
   }
   grow_registers<kMathRegisters>();

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kWarps = 32;
 
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     mqa_metadata(const __grid_constant__ MqaRows rows, int ctas, Cursor* cursors) {
   __shared__ int64_t sums[kWarps];
   find_cursors<kWarps>(rows, ctas, 0, ctas, cursors, sums);

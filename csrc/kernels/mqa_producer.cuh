@@ -7,7 +7,37 @@
 
 namespace sm120 {
 
-// Queries of `rows` rows from `row` on; the first stage describes the segment.
+__device__ __forceinline__ void prefetch_weights(const MqaParams& p, int row, int rows) {
+  const int line_shift = max(p.heads_shift - 5, 0);  // 128 bytes a lane
+#pragma unroll 1
+  for (int i = lane_id(); i < rows << line_shift; i += kWarpSize) {
+    const int64_t at = row + (i >> line_shift);
+    prefetch_l2(p.weights + at * p.weights_stride + 32 * (i & ((1 << line_shift) - 1)));
+  }
+}
+
+// While a CTA waits for the lengths: what it, or another one, is about to need, as if all cells had
+// the same length. Read only through the L2, so a wrong guess costs nothing but its traffic.
+template <class T>
+__device__ __forceinline__ void prefetch_start(const MqaParams& p) {
+  const int cta = blockIdx.x, lane = lane_id();
+  const int head = static_cast<int>(static_cast<float>(cta) * p.boxes_a_cta) * T::kColumns;
+  const int row = head >> p.heads_shift;
+  if (row < p.rows.num_rows) {
+    if (lane == 0) tma_prefetch_2d(&p.q, 0, head);
+    prefetch_weights(p, row, min(T::kQueries, p.rows.num_rows - row));
+  }
+  if (p.rows.starts != nullptr) {
+    const int key = cta * kTileKeys;
+    if (lane == 0 && key < p.rows.limit) tma_prefetch_2d(&p.k, 0, key);
+  } else {
+    const int in_part = 32 * lane;  // a line of 32 entries each
+    const int64_t entry = cta * p.entries_a_cta + in_part;
+    if (in_part < p.entries_a_cta && entry < p.table_entries) prefetch_l2(p.block_table + entry);
+  }
+}
+
+// Describes a segment and copies its queries, those of `rows` rows from `row` on.
 template <class T>
 __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& ring, const Segment& s,
                                              int row, int rows) {
@@ -16,7 +46,10 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
   for (int box = 0; box == 0 || box < boxes; box += T::kBoxes) {
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      if (box == 0) *ring.info() = StageInfo{row, rows, s.first_key, s.tiles, 0};
+      if (box == 0) {
+        *static_cast<SegmentInfo*>(smem_pointer(ring.info())) = {row, rows, s.first_key, s.tiles};
+        mbarrier_arrive(ring.told());
+      }
       const int count = min(T::kBoxes, boxes - box);
       mbarrier_expect_tx(ring.full(), count * T::kBoxBytes);
 #pragma unroll 1
@@ -28,13 +61,7 @@ __device__ __forceinline__ void copy_queries(const MqaParams& p, MqaRing<T>& rin
     __syncwarp();
     ring.at.advance();
   }
-  // The math warps read their weights when the queries are there: 128 bytes a lane.
-  const int line_shift = max(p.heads_shift - 5, 0);
-#pragma unroll 1
-  for (int i = lane_id(); i < rows << line_shift; i += kWarpSize) {
-    const int64_t at = row + (i >> line_shift);
-    prefetch_l2(p.weights + at * p.weights_stride + 32 * (i & ((1 << line_shift) - 1)));
-  }
+  ring.infos.advance();
 }
 
 template <class T>
@@ -44,7 +71,7 @@ __device__ __forceinline__ void copy_ragged_keys(const MqaParams& p, MqaRing<T>&
   for (int tile = 0; tile < s.tiles; ++tile) {
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      ring.info()->pages = 1;
+      *static_cast<uint32_t*>(smem_pointer(ring.pages())) = 1;
       mbarrier_expect_tx(ring.full(), T::kStageBytes + 4 * kTileKeys);
       const int key = s.first_key + tile * kTileKeys;
       tma_load_2d(ring.data(), &p.k, ring.full(), 0, key);
@@ -84,7 +111,7 @@ struct PageWalk {
 };
 
 // Lane i copies page i of a tile. A block id outside the cache copies nothing; the consumers see it
-// in StageInfo::pages.
+// in the stage's word of pages.
 template <class T>
 __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& ring,
                                                 const Segment& s, PageWalk& walk) {
@@ -97,7 +124,7 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
     walk.load();
     mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
     if (lane_id() == 0) {
-      ring.info()->pages = copied;
+      *static_cast<uint32_t*>(smem_pointer(ring.pages())) = copied;
       mbarrier_expect_tx(ring.full(), count_lanes(copied) * (page_bytes + 4 * p.block_kv));
     }
     __syncwarp();
@@ -111,14 +138,17 @@ __device__ __forceinline__ void copy_paged_keys(const MqaParams& p, MqaRing<T>& 
 }
 
 template <class T>
-__device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring, Cursor from,
-                                            Cursor to) {
+__device__ __forceinline__ void produce_mqa(const MqaParams& p, MqaRing<T> ring,
+                                            SegmentWalk segments) {
   const int most_rows = kMqaWarps * T::kColumns >> p.heads_shift;  // a pass
-  SegmentWalk segments(p.rows, from, to);
+  bool starts = true;
   for (Segment s; segments.next(p.rows, s);) {
 #pragma unroll 1
     for (int first = 0; first < s.cell.rows; first += most_rows) {
       const int row = s.cell.row + first, rows = min(most_rows, s.cell.rows - first);
+      // Of the first segment the math warps ask for them while the queries are under way.
+      if (!starts) prefetch_weights(p, row, rows);
+      starts = false;
       if (p.rows.starts != nullptr) {
         copy_queries(p, ring, s, row, rows);
         copy_ragged_keys(p, ring, s);

@@ -1,7 +1,7 @@
 // How the work of MQA logits is divided: the key tiles of all cells, each cell's behind its
 // overhead, are laid end to end and cut into equal ranges, one a CTA. A cursor (cell, tile) is
 // where a range starts. Cursors come from the metadata op, or each CTA finds its own two: the same
-// code does both.
+// code does both. Of 32 cells at most a CTA's producer warp finds them alone (SegmentWalk).
 #pragma once
 #include "device/arch.cuh"
 #include "device/barrier.cuh"
@@ -15,14 +15,17 @@ struct KeyRange {
   int begin, end;  // empty unless begin < end
 };
 
+// Ragged: the keys from `start` on, before `end`.
+__device__ __forceinline__ KeyRange window(const MqaRows& r, int start, int end) {
+  const int begin = max(start, 0);
+  end = max(min(end, r.limit), 0);
+  if (r.width > 0 && end - begin > r.width) end = begin + r.width;
+  return {begin, max(end, begin)};
+}
+
 // The keys that a row sees.
 __device__ __forceinline__ KeyRange row_keys(const MqaRows& r, int row) {
-  if (r.starts != nullptr) {
-    const int begin = max(r.starts[row], 0);
-    int end = max(min(r.ends[row], r.limit), 0);
-    if (r.width > 0 && end - begin > r.width) end = begin + r.width;
-    return {begin, max(end, begin)};
-  }
+  if (r.starts != nullptr) return window(r, r.starts[row], r.ends[row]);
   if (r.length_a_row) return {0, min(r.ends[row], r.limit)};
   // One length a sequence is its last row's; the others see one key less each.
   const int sequence = row / r.cell_rows;
@@ -52,16 +55,27 @@ inline constexpr int kRowsAtOnce = 4;  // of a cell, whose windows are loaded to
 
 // All keys that some row of a cell sees; it starts at a multiple of 16, so that stores are aligned.
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell) {
+  if (cell.rows == 0) return {0, 0};
   KeyRange keys{0x7fffffff, 0};
+  const int last = cell.row + cell.rows - 1;
   if (r.starts == nullptr && !r.length_a_row) {
-    if (cell.rows > 0) keys = {0, row_keys(r, cell.row + cell.rows - 1).end};
+    keys = {0, row_keys(r, last).end};
   } else {
-#pragma unroll kRowsAtOnce
-    for (int i = 0; i < cell.rows; ++i) {
-      const KeyRange row = row_keys(r, cell.row + i);
-      if (row.begin >= row.end) continue;
-      keys.begin = min(keys.begin, row.begin);
-      keys.end = max(keys.end, row.end);
+    const int32_t* starts = r.starts != nullptr ? r.starts : r.ends;
+#pragma unroll 1
+    for (int first = cell.row; first <= last; first += kRowsAtOnce) {
+      int start[kRowsAtOnce], end[kRowsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        start[i] = first + i <= last ? starts[first + i] : 0;
+        end[i] = first + i <= last ? r.ends[first + i] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const KeyRange row = window(r, r.starts != nullptr ? start[i] : 0, end[i]);
+        if (row.begin < row.end) keys.begin = min(keys.begin, row.begin);
+        keys.end = max(keys.end, row.begin < row.end ? row.end : 0);
+      }
     }
   }
   if (keys.begin >= keys.end) return {0, 0};
@@ -82,9 +96,12 @@ __device__ __forceinline__ int tiles_of(const KeyRange& keys) {
 }
 
 // Tiles and overhead.
-__device__ __forceinline__ int cell_units(const MqaRows& r, int cell) {
-  const int tiles = tiles_of(cell_keys(r, cell));
+__device__ __forceinline__ int units_of(const MqaRows& r, const KeyRange& keys) {
+  const int tiles = tiles_of(keys);
   return tiles > 0 ? tiles + r.overhead : 0;
+}
+__device__ __forceinline__ int cell_units(const MqaRows& r, int cell) {
+  return units_of(r, cell_keys(r, cell));
 }
 
 struct Cursor {
@@ -99,7 +116,11 @@ struct EqualParts {
   // total / parts digit by digit, which is much less code than a division of 64 bits.
   __device__ __forceinline__ EqualParts(int64_t total, uint32_t count)
       : parts(count), rest(0), each(0) {
-#pragma unroll
+    if (total >> 32 == 0) {
+      each = static_cast<uint32_t>(total) / parts, rest = static_cast<uint32_t>(total) % parts;
+      return;
+    }
+#pragma unroll 1
     for (int digit = 2; digit >= 0; --digit) {
       const int64_t upper = digit == 2 ? total >> 32 : total >> 16 * digit & 0xffff;
       const uint32_t n = rest << 16 | static_cast<uint32_t>(upper);
@@ -113,10 +134,11 @@ struct EqualParts {
 };
 
 // Sum over the warp's lanes up to this one.
-__device__ __forceinline__ int64_t prefix_of_warp(int64_t value) {
+template <typename Sum>
+__device__ __forceinline__ Sum prefix_of_warp(Sum value) {
 #pragma unroll
   for (int d = 1; d < kWarpSize; d *= 2) {
-    const int64_t below = from_lane_below(value, d);
+    const Sum below = from_lane_below(value, d);
     if (lane_id() >= d) value += below;
   }
   return value;
@@ -138,7 +160,7 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
-  const int64_t warps = prefix_of_warp(lane < kWarps ? sums[lane] : 0);
+  const int64_t warps = prefix_of_warp(lane < kWarps ? sums[lane] : int64_t{0});
   const int64_t total = from_lane(warps, kWarpSize - 1);
   const int64_t below = from_lane(warps, max(warp - 1, 0));
   int64_t before = upto - sum + (warp > 0 ? below : 0);
@@ -158,8 +180,12 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
     const int64_t start = ranges.start(c);
     if (start >= before + sum) break;
     if (start < before) continue;
-    for (int units; start >= before + (units = cell_units(r, cell)); ++cell)
+    // The last cell of the part has what is left, so it is not loaded again.
+    for (; cell + 1 < end; ++cell) {
+      const int units = cell_units(r, cell);
+      if (start < before + units) break;
       before += units, sum -= units;
+    }
     out[c - first] = {cell, max(static_cast<int>(start - before) - r.overhead, 0)};
   }
 }
@@ -182,12 +208,20 @@ class SegmentWalk {
     if (to_.cell >= r.cells) to_ = {r.cells, 0};
   }
 
+  // This CTA's range of 32 cells at most, which the first call of next() works out. The block would
+  // find the same one, by twice as many steps that wait for each other.
+  __device__ SegmentWalk() : at_{0, -1}, to_{1, 0}, seen_(-kWarpSize) {}
+
   __device__ bool next(const MqaRows& r, Segment& s) {
     while (at_.cell < to_.cell || (at_.cell == to_.cell && at_.tile < to_.tile)) {
       if (at_.cell >= seen_ + kWarpSize) {
         seen_ = at_.cell;
         const int cell = seen_ + lane_id();
         keys_ = cell < r.cells ? cell_keys(r, cell) : KeyRange{0, 0};
+        if (at_.tile < 0) {
+          find_range(r);
+          continue;
+        }
       }
       const int skipped = at_.cell - seen_;
       const uint32_t rest = lanes_where(keys_.end > keys_.begin) >> skipped;
@@ -216,6 +250,22 @@ class SegmentWalk {
   }
 
  private:
+  __device__ __forceinline__ void find_range(const MqaRows& r) {
+    const int units = units_of(r, keys_), upto = prefix_of_warp(units);
+    // Lane 0 has the range's start, lane 1 that of the next one.
+    const uint32_t ctas = gridDim.x, c = blockIdx.x + lane_id();
+    const uint32_t total = from_lane(upto, kWarpSize - 1), each = total / ctas;
+    const int starts = c * each + c * (total - each * ctas) / ctas;
+    const auto cursor = [&](int lane) {
+      const int start = from_lane(starts, lane);
+      const uint32_t behind = lanes_where(upto > start);
+      const int cell = behind != 0 ? lowest_bit(behind) : kWarpSize - 1;
+      const int tile = max(start - from_lane(upto - units, cell) - r.overhead, 0);
+      return behind != 0 ? Cursor{cell, tile} : Cursor{r.cells, 0};
+    };
+    at_ = cursor(0), to_ = cursor(1);
+  }
+
   Cursor at_, to_;
   int seen_;       // cell of lane 0
   KeyRange keys_;  // of this lane's cell
