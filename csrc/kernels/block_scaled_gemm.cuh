@@ -94,7 +94,7 @@ struct Ring {
     return base + Traits::kColsScaleAt + scale.stage * Traits::align128(Traits::kColsScaleBytes);
   }
   __device__ uint32_t full() const { return base + Traits::kFullAt + 8 * data.stage; }
-  __device__ uint32_t empty() const { return base + Traits::kEmptyAt + 8 * data.stage; }
+  __device__ uint32_t empty(int stage) const { return base + Traits::kEmptyAt + 8 * stage; }
 };
 
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
@@ -106,34 +106,15 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
-  // Scales trail data by one stage: the slot of stage x - 1 is free when stage x is, because the
-  // ring has one slot fewer than stages.
-  uint32_t scale_bar = 0;  // full barrier of the stage whose scales are still to be copied
-  int scale_row = 0, scale_col = 0, scale_group = 0, scale_block = 0;
-  const auto copy_scales = [&] {
-    tma_load_3d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
-                p.rows_gran.per_block ? scale_block / 4 : scale_block,
-                p.rows_grouped ? scale_group : 0);
-    tma_load_3d(ring.cols_scale(), &p.cols_scale, scale_bar, scale_col,
-                p.cols_gran.per_block ? scale_block / 4 : scale_block,
-                p.cols_grouped ? scale_group : 0);
-    ring.scale.advance();
-    scale_bar = 0;
-  };
-  const auto copy_last_scales = [&] {
-    if (scale_bar == 0) return;
-    mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-    copy_scales();
-  };
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
-    // Else tiles without K could fill the queue while the last one with K waits for its scales.
-    if (tile.k_begin == tile.k_end) copy_last_scales();
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
-      mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-      if (scale_bar) copy_scales();
+      // Free when the consumers have begun the block of the next stage's last use, see accumulate().
+      RingState<T::kStages> next = ring.data;
+      next.advance();
+      mbarrier_wait(ring.empty(next.stage), next.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
       tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsBlockBytes, tile.row,
                   p.rows_grouped ? tile.group : 0);
@@ -142,13 +123,15 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
                     block * T::kColsBlockBytes + i * T::kColsRowBytes, tile.col,
                     p.cols_grouped ? tile.group : 0);
       }
-      scale_bar = ring.full(), scale_row = tile.row, scale_col = tile.col;
-      scale_group = tile.group, scale_block = block;
-      ring.data.advance();
+      tma_load_3d(ring.rows_scale(), &p.rows_scale, ring.full(), tile.row,
+                  p.rows_gran.per_block ? block / 4 : block, p.rows_grouped ? tile.group : 0);
+      tma_load_3d(ring.cols_scale(), &p.cols_scale, ring.full(), tile.col,
+                  p.cols_gran.per_block ? block / 4 : block, p.cols_grouped ? tile.group : 0);
+      ring.data = next;
+      ring.scale.advance();
     }
     mbarrier_arrive(queue.empty());
   }
-  copy_last_scales();
   pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 
@@ -190,7 +173,6 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
       if constexpr (kAhead == kFragments) {  // all of this stage is in registers
-        release_stage(ring.empty());
         ring.data.advance();
         if constexpr (more) mbarrier_wait(ring.full(), ring.data.parity);
       }
@@ -223,6 +205,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         ring.rows_scale() + 4 * T::kBlockRows * word(p.rows_gran, block) + byte,
         ring.cols_scale() + 4 * T::kBlockCols * word(p.cols_gran, block) + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
+    release_stage(ring.empty(ring.data.stage));
     ring.scale.advance();
     if (kScalePerBlock || !mma.regular_scales()) {
       run_block(ScalingMode<kScalePerBlock, true>{}, more);
@@ -232,7 +215,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   };
   const auto skip_stage = [&] {  // the last one, where it has no block for slice 1
     mbarrier_wait(ring.full(), ring.data.parity);
-    release_stage(ring.empty());
+    release_stage(ring.empty(ring.data.stage));
     ring.data.advance();
     ring.scale.advance();
   };
