@@ -172,6 +172,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         mma.set_b(b[kStep % kBufferedB]);
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
+      if constexpr (n == T::MT / 2) release_stage(ring.empty(ring.data.stage));
       if constexpr (kAhead == kFragments) {  // all of this stage is in registers
         ring.data.advance();
         if constexpr (more) mbarrier_wait(ring.full(), ring.data.parity);
@@ -205,7 +206,6 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         ring.rows_scale() + 4 * T::kBlockRows * word(p.rows_gran, block) + byte,
         ring.cols_scale() + 4 * T::kBlockCols * word(p.cols_gran, block) + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
-    release_stage(ring.empty(ring.data.stage));
     ring.scale.advance();
     if (kScalePerBlock || !mma.regular_scales()) {
       run_block(ScalingMode<kScalePerBlock, true>{}, more);
