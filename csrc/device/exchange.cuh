@@ -13,8 +13,8 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return v;
 }
 
-// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j. A 4x4 transpose over
-// the quad: of each 2x2 block, then of the blocks.
+// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j. A 4x4 transpose
+// over the quad: of each 2x2 block, then of the blocks.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
 #pragma unroll
   for (int step = 1; step <= 2; ++step) {

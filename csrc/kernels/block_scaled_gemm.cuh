@@ -47,8 +47,8 @@ struct GemmTraits {
   static constexpr int kStageBytes = kRowsBytes + kColsBytes + kRowsScaleBytes + kColsScaleBytes;
   static constexpr int kSumsBytes = (kDeep - 1) * 4 * kRows * kCols;
   static constexpr int align128(int bytes) { return (bytes + 127) / 128 * 128; }
-  // One scale slot fewer than stages: with three FP8 stages of 128 x 128 a third slot would exceed
-  // the limit by 48 bytes. See produce().
+  // One scale slot fewer than stages, as a block's words are in registers before the stage of the
+  // block before is given back: see Ring. As many would not fit beside two FP8 stages of 128 x 256.
   static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
     return stages * (kRowsBytes + kColsBytes + 16) + kQueueBytes + kSumsBytes +
@@ -77,6 +77,11 @@ struct GemmTraits {
 };
 
 // Ring positions of one role: data stages, and scale slots (one a stage).
+//
+// The consumers arrive at empty(s) when they have begun the block in stage s: its scale words are
+// in registers, and so is all of the block before. So it gives back the stage *before* s, and the
+// scale slot of s. Of S stages and S - 1 slots, those are the two that block x + S - 1 needs if x
+// is in s.
 template <class Traits>
 struct Ring {
   RingState<Traits::kStages> data;
@@ -111,7 +116,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
-      // Free when the consumers have begun the block of the next stage's last use, see accumulate().
+      // Free when the block S - 1 before this one, the last in the next stage, has been begun.
       RingState<T::kStages> next = ring.data;
       next.advance();
       mbarrier_wait(ring.empty(next.stage), next.parity ^ 1);
@@ -163,6 +168,9 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols() + cols_tile, kStep);
     rows.load(a[n % 2], ring.rows(), n % T::MT, kStep);
   };
+  // Where in a block the stage of the one before is given back: not at once, as the loads of scales
+  // take a while.
+  constexpr int kReleaseAt = kFragments == 2 ? 0 : T::MT == 1 ? 1 : T::MT / 2;
   const auto run_block = [&](auto scaling, auto more) {
     using Scaling = decltype(scaling);
     static_for<kFragments>([&](auto n) {
@@ -172,8 +180,8 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         mma.set_b(b[kStep % kBufferedB]);
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
-      if constexpr (n == T::MT / 2) release_stage(ring.empty(ring.data.stage));
-      if constexpr (kAhead == kFragments) {  // all of this stage is in registers
+      if constexpr (n == kReleaseAt) release_stage(ring.empty(ring.data.stage));
+      if constexpr (kAhead == kFragments) {  // the next block's fragments follow
         ring.data.advance();
         if constexpr (more) mbarrier_wait(ring.full(), ring.data.parity);
       }
