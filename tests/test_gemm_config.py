@@ -70,8 +70,8 @@ def test_large_products_take_the_large_tile(formats: tuple[str, str], sms: int) 
         assert config["tile_cols"] == (128 if sms == 132 else 256)
         assert not config["split"] or sms == 170  # whose last wave of whole tiles has 46
         if sms == 132:
-            fine_fp8 = formats == ("mxfp8", "mxfp8") and grans != (128, 128)
-            assert config["warps_down"] == (2 if fine_fp8 else 4)
+            coarse_fp8 = formats == ("mxfp8", "mxfp8") and grans == (128, 128)
+            assert config["warps_down"] == (2 if coarse_fp8 else 4)
 
 
 def test_few_tiles_with_long_k_are_split() -> None:

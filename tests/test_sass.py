@@ -55,7 +55,12 @@ def tile_area(kernel: sass.Kernel) -> int:
 
 
 # Products that keep every SM of a GB10, RTX 5090 or RTX PRO 6000 at work.
-LARGE_PRODUCTS = ((4096, 7168, 16384), (8192, 7168, 16384), (8192, 24576, 1536), (65536, 7168, 2048))
+LARGE_PRODUCTS = (
+    (4096, 7168, 16384),
+    (8192, 7168, 16384),
+    (8192, 24576, 1536),
+    (65536, 7168, 2048),
+)
 SMS = (48, 170, 188)
 FORMATS = {
     "fp8": ("mxfp8", "mxfp8"),

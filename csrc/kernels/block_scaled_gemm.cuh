@@ -151,6 +151,10 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   constexpr int kSteps = kBlockK / Mma::kStepK;
   constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
   static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
+  // The fragment before which the stage of the block before is given back: not the first, if it can
+  // be helped, as that would wait for the scale words.
+  constexpr int kReleaseAt = kFragments == 2 ? 0 : T::MT == 1 ? 1 : T::MT / 2;
+  static_assert(kReleaseAt <= kFragments - 2, "before the ring moves on");
   const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row, slice * T::kRowsBlockBytes);
   const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(
       warp_col, T::kColsTiles == 1 ? slice * T::kColsBlockBytes : 0);
@@ -168,9 +172,6 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols() + cols_tile, kStep);
     rows.load(a[n % 2], ring.rows(), n % T::MT, kStep);
   };
-  // Where in a block the stage of the one before is given back: not at once, as the loads of scales
-  // take a while.
-  constexpr int kReleaseAt = kFragments == 2 ? 0 : T::MT == 1 ? 1 : T::MT / 2;
   const auto run_block = [&](auto scaling, auto more) {
     using Scaling = decltype(scaling);
     static_for<kFragments>([&](auto n) {
