@@ -61,22 +61,17 @@ def test_few_tokens_put_weights_on_the_rows_and_fill_the_gpu(sms: int) -> None:
 
 
 @pytest.mark.parametrize("sms", SMS)
-def test_large_products_take_the_large_tile_whole(sms: int) -> None:
-    for grans in ((32, 32), (128, 128)):
-        config = choose(4096, 7168, 16384, ("mxfp8", "mxfp8"), grans, sms, sms != 132)
-        assert (config["tile_rows"], config["tile_cols"]) == (128, 128)
-        emulated_fine = sms == 132 and grans == (32, 32)
-        assert config["warps_down"] == (2 if emulated_fine else 4)
-        assert not config["split"]
-
-
-def test_the_widest_tile_is_for_native_fp4() -> None:
-    def columns(sms: int, native: bool) -> int:
-        config = choose(4096, 7168, 16384, ("mxfp4", "mxfp4"), (32, 32), sms, native)
-        return int(config["tile_cols"])
-
-    assert [columns(sms, True) for sms in (48, 170, 188)] == [256, 256, 256]
-    assert columns(132, False) == 128
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_large_products_take_the_large_tile(formats: tuple[str, str], sms: int) -> None:
+    """128 x 256 where the MMA is native; the emulation lacks the registers for it."""
+    for grans in ((32, 32), (128, 128), (128, 32)):
+        config = choose(4096, 7168, 16384, formats, grans, sms, sms != 132)
+        assert config["tile_rows"] == 128
+        assert config["tile_cols"] == (128 if sms == 132 else 256)
+        assert not config["split"] or sms == 170  # whose last wave of whole tiles has 46
+        if sms == 132:
+            coarse_fp8 = formats == ("mxfp8", "mxfp8") and grans == (128, 128)
+            assert config["warps_down"] == (2 if coarse_fp8 else 4)
 
 
 def test_few_tiles_with_long_k_are_split() -> None:

@@ -1,25 +1,29 @@
 """The machine code of the built library: what each sm_120f GEMM kernel is really made of.
 
-No SM120 GPU is needed. The limits for instructions per MMA hold for the largest tile of each format
-pair, where the tensor core must be kept busy; the smaller tiles are bound by memory, and the table
-that is printed shows them all.
+No SM120 GPU is needed. The limits for instructions per MMA hold for the kernels that large products
+run with, where the tensor core must be kept busy; the smaller tiles are bound by memory, and the
+table that is printed shows them all.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 
 import pytest
 import sass
+import torch
 
+import sm120_ops  # noqa: F401  registers the ops
 from sm120_ops import _load
 
 MAX_REGISTERS = 255
 MAX_SHARED_BYTES = 101376  # of one block on SM120
-# Instructions an MMA of the largest tile's main loops, by how scales are read: one byte a block
-# (gran_k 128 of both operands), the whole word (32 of both), or by a byte selector (any pair).
-# ptxas puts a NOP or another instruction between any two block-scaled MMAs, so 2.0 is the floor.
-# These are the wanted numbers, but for two FP4 operands of unlike gran_k.
+# Instructions an MMA of those kernels' main loops, by how scales are read: one byte a block (gran_k
+# 128 of both operands), the whole word (32 of both), or by a byte selector (any pair). ptxas puts a
+# NOP or another instruction between any two block-scaled MMAs, so 2.0 is the floor. These are the
+# wanted numbers, but for two FP4 operands of unlike gran_k.
 INSTRUCTIONS_PER_MMA = {
     ("fp8", "coarse"): 2.4,
     ("fp8", "fine"): 2.7,
@@ -40,10 +44,44 @@ def kind(kernel: sass.Kernel) -> str:
     return "mixed" if any("E2M1" in opcode for opcode in kernel.mma_opcodes) else "fp8"
 
 
+def plain_integers(kernel: sass.Kernel) -> list[int]:
+    """Those among the template arguments: rows and columns of the tile, warps along the rows."""
+    return [int(n) for n in re.findall(r"[<,] ?(\d+)(?=[,>])", sass.short_name(kernel))]
+
+
 def tile_area(kernel: sass.Kernel) -> int:
-    """Rows times columns: the first two plain integers among the template arguments."""
-    rows, columns = re.findall(r"[<,] ?(\d+)(?=[,>])", sass.short_name(kernel))[:2]
-    return int(rows) * int(columns)
+    rows, columns = plain_integers(kernel)[:2]
+    return rows * columns
+
+
+# Products that keep every SM of a GB10, RTX 5090 or RTX PRO 6000 at work.
+LARGE_PRODUCTS = (
+    (4096, 7168, 16384),
+    (8192, 7168, 16384),
+    (8192, 24576, 1536),
+    (65536, 7168, 2048),
+)
+SMS = (48, 170, 188)
+FORMATS = {
+    "fp8": ("mxfp8", "mxfp8"),
+    "fp4": ("mxfp4", "mxfp4"),
+    "mixed": ("mxfp8", "mxfp4"),
+}
+
+
+def chosen_tiles(formats: str) -> set[tuple[int, int, int]]:
+    """Tiles that the native cost model takes for large products."""
+    tiles = set()
+    for shape, grans, sms in itertools.product(
+        LARGE_PRODUCTS, ((32, 32), (128, 128), (128, 32)), SMS
+    ):
+        config = json.loads(
+            torch.ops.sm120._gemm_config(
+                *shape, *FORMATS[formats], *grans, sms, True, 96 << 20, 1792
+            )
+        )
+        tiles.add((config["tile_rows"], config["tile_cols"], config["warps_down"]))
+    return tiles
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +161,17 @@ def scale_reads(formats: str, loop: sass.Loop) -> str:
     return "any" if opcodes.count("PRMT") > unpackings else "fine"
 
 
-def test_instructions_per_mma(kernels: list[sass.Kernel]) -> None:
+def test_large_products(kernels: list[sass.Kernel]) -> None:
+    """Few instructions an MMA, and no local memory at all, the stores included."""
+    chosen = {formats: chosen_tiles(formats) for formats in FORMATS}
     seen = set()
     for kernel in kernels:
         formats = kind(kernel)
-        if tile_area(kernel) < max(tile_area(k) for k in kernels if kind(k) == formats):
+        rows, columns, warps_down = plain_integers(kernel)[:3]
+        if (rows, columns, warps_down) not in chosen[formats]:
             continue
+        assert kernel.stack == 0, kernel.name
+        assert not [i for i in kernel.code if sass.LOCAL_MEMORY.match(i.opcode)], kernel.name
         for loop in kernel.mma_loops:
             case = formats, scale_reads(formats, loop)
             seen.add(case)

@@ -13,20 +13,20 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return v;
 }
 
-// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j: a 4x4 transpose
-// over the quad.
+// PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j. A 4x4 transpose
+// over the quad: of each 2x2 block, then of the blocks.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
-  uint32_t out[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int peer = t ^ r;
-    const uint32_t send = peer < 2 ? (peer ? w[1] : w[0]) : (peer == 2 ? w[2] : w[3]);
-    const uint32_t got = r ? __shfl_xor_sync(0xffffffffu, send, r) : send;
+  for (int step = 1; step <= 2; ++step) {
+    const bool later = t & step;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = peer == j ? got : out[j];
+    for (int i = 0; i < 2; ++i) {
+      uint32_t& low = w[step == 1 ? 2 * i : i];
+      uint32_t& high = w[step == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, later ? low : high, step);
+      (later ? low : high) = got;
+    }
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) w[j] = out[j];
 }
 
 }  // namespace sm120

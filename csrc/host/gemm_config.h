@@ -11,11 +11,13 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 
 // The compiled tiles. Per row: rows x cols of the product a CTA computes (rows = the MMA's 16-row
 // axis), warps along the rows (of 8), the formats it is for, and why it is there.
-//   128 x 256  native only, as the emulation lacks the registers: 64x64 warps load least an MMA.
-//              For two FP4 operands above all: two FP8 stages just fit 99 KB.
+//   128 x 256  native only, as the emulation lacks the registers: 64x64 warps load least an MMA,
+//              and a tile takes three quarters of the bytes from L2. For every large product; two
+//              FP8 stages just fit 99 KB.
 //   128 x 128  next in reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment
 //              of 16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
-//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k 32.
+//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k
+//              128, emulated.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.

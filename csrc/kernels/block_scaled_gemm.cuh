@@ -47,8 +47,8 @@ struct GemmTraits {
   static constexpr int kStageBytes = kRowsBytes + kColsBytes + kRowsScaleBytes + kColsScaleBytes;
   static constexpr int kSumsBytes = (kDeep - 1) * 4 * kRows * kCols;
   static constexpr int align128(int bytes) { return (bytes + 127) / 128 * 128; }
-  // One scale slot fewer than stages: with three FP8 stages of 128 x 128 a third slot would exceed
-  // the limit by 48 bytes. See produce().
+  // One scale slot fewer than stages, as a block's words are in registers before the stage of the
+  // block before is given back: see Ring. As many would not fit beside two FP8 stages of 128 x 256.
   static constexpr int scale_slots(int stages) { return stages - 1; }
   static constexpr int smem_bytes(int stages) {
     return stages * (kRowsBytes + kColsBytes + 16) + kQueueBytes + kSumsBytes +
@@ -77,6 +77,11 @@ struct GemmTraits {
 };
 
 // Ring positions of one role: data stages, and scale slots (one a stage).
+//
+// The consumers arrive at empty(s) when they have begun the block in stage s: its scale words are
+// in registers, and so is all of the block before. So it gives back the stage *before* s, and the
+// scale slot of s. Of S stages and S - 1 slots, those are the two that block x + S - 1 needs if x
+// is in s.
 template <class Traits>
 struct Ring {
   RingState<Traits::kStages> data;
@@ -94,7 +99,7 @@ struct Ring {
     return base + Traits::kColsScaleAt + scale.stage * Traits::align128(Traits::kColsScaleBytes);
   }
   __device__ uint32_t full() const { return base + Traits::kFullAt + 8 * data.stage; }
-  __device__ uint32_t empty() const { return base + Traits::kEmptyAt + 8 * data.stage; }
+  __device__ uint32_t empty(int stage) const { return base + Traits::kEmptyAt + 8 * stage; }
 };
 
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
@@ -106,34 +111,15 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
-  // Scales trail data by one stage: the slot of stage x - 1 is free when stage x is, because the
-  // ring has one slot fewer than stages.
-  uint32_t scale_bar = 0;  // full barrier of the stage whose scales are still to be copied
-  int scale_row = 0, scale_col = 0, scale_group = 0, scale_block = 0;
-  const auto copy_scales = [&] {
-    tma_load_3d(ring.rows_scale(), &p.rows_scale, scale_bar, scale_row,
-                p.rows_gran.per_block ? scale_block / 4 : scale_block,
-                p.rows_grouped ? scale_group : 0);
-    tma_load_3d(ring.cols_scale(), &p.cols_scale, scale_bar, scale_col,
-                p.cols_gran.per_block ? scale_block / 4 : scale_block,
-                p.cols_grouped ? scale_group : 0);
-    ring.scale.advance();
-    scale_bar = 0;
-  };
-  const auto copy_last_scales = [&] {
-    if (scale_bar == 0) return;
-    mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-    copy_scales();
-  };
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
-    // Else tiles without K could fill the queue while the last one with K waits for its scales.
-    if (tile.k_begin == tile.k_end) copy_last_scales();
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
-      mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
-      if (scale_bar) copy_scales();
+      // Free when the block S - 1 before this one, the last in the next stage, has been begun.
+      RingState<T::kStages> next = ring.data;
+      next.advance();
+      mbarrier_wait(ring.empty(next.stage), next.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
       tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsBlockBytes, tile.row,
                   p.rows_grouped ? tile.group : 0);
@@ -142,13 +128,15 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
                     block * T::kColsBlockBytes + i * T::kColsRowBytes, tile.col,
                     p.cols_grouped ? tile.group : 0);
       }
-      scale_bar = ring.full(), scale_row = tile.row, scale_col = tile.col;
-      scale_group = tile.group, scale_block = block;
-      ring.data.advance();
+      tma_load_3d(ring.rows_scale(), &p.rows_scale, ring.full(), tile.row,
+                  p.rows_gran.per_block ? block / 4 : block, p.rows_grouped ? tile.group : 0);
+      tma_load_3d(ring.cols_scale(), &p.cols_scale, ring.full(), tile.col,
+                  p.cols_gran.per_block ? block / 4 : block, p.cols_grouped ? tile.group : 0);
+      ring.data = next;
+      ring.scale.advance();
     }
     mbarrier_arrive(queue.empty());
   }
-  copy_last_scales();
   pdl_launch_dependents();  // the next kernel's setup may overlap this one's last tiles
 }
 
@@ -163,6 +151,10 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   constexpr int kSteps = kBlockK / Mma::kStepK;
   constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
   static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
+  // The fragment before which the stage of the block before is given back: not the first, if it can
+  // be helped, as that would wait for the scale words.
+  constexpr int kReleaseAt = kFragments == 2 ? 0 : T::MT == 1 ? 1 : T::MT / 2;
+  static_assert(kReleaseAt <= kFragments - 2, "before the ring moves on");
   const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row, slice * T::kRowsBlockBytes);
   const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(
       warp_col, T::kColsTiles == 1 ? slice * T::kColsBlockBytes : 0);
@@ -189,8 +181,8 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         mma.set_b(b[kStep % kBufferedB]);
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
-      if constexpr (kAhead == kFragments) {  // all of this stage is in registers
-        release_stage(ring.empty());
+      if constexpr (n == kReleaseAt) release_stage(ring.empty(ring.data.stage));
+      if constexpr (kAhead == kFragments) {  // the next block's fragments follow
         ring.data.advance();
         if constexpr (more) mbarrier_wait(ring.full(), ring.data.parity);
       }
@@ -232,7 +224,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   };
   const auto skip_stage = [&] {  // the last one, where it has no block for slice 1
     mbarrier_wait(ring.full(), ring.data.parity);
-    release_stage(ring.empty());
+    release_stage(ring.empty(ring.data.stage));
     ring.data.advance();
     ring.scale.advance();
   };
