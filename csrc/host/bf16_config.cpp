@@ -85,8 +85,9 @@ double bytes_of(const Bf16Shape& s) {
 
 // Whether the tile is compiled for it, and sums of so many K-blocks are as exact as is promised.
 bool can_sum(const Bf16Tile& t, const Bf16Shape& s, int64_t blocks) {
-  return (has_chains(t.cols, t.slices) || blocks * t.block_k <= kLongestChainK * t.slices) &&
-         (has_any_k(t.cols) || !s.any_k);
+  const int64_t longest = std::max(blocks * t.block_k, s.shared_k);
+  return (has_chains(t.cols, t.slices) || longest <= kLongestChainK * t.slices) &&
+         (has_any_k(t.cols) || s.shared_k == 0);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "host/launch.h"
 #include "host/math.h"
+#include "host/split_launch.h"
 #include "host/tensor_map.h"
 
 namespace sm120 {
@@ -34,8 +35,8 @@ int64_t tile_bytes(const Bf16Config& config) {
   return 4ll * tile.rows * tile.cols;
 }
 
-int64_t partial_tiles(const Bf16Config& config) {
-  return config.split ? 2ll * config.grid : 0;
+int64_t handed_bytes(const Bf16Config& config) {
+  return config.split ? split_bytes(config.grid, tile_bytes(config)) : 0;
 }
 
 int64_t k_blocks(const Bf16Config& config, const Bf16Problem& problem) {
@@ -51,8 +52,8 @@ bool has_carry(const Bf16Config& config, const Bf16Problem& problem) {
 }  // namespace
 
 int64_t bf16_workspace_bytes(const Bf16Config& config, const Bf16Problem& problem) {
-  const int64_t tiles = partial_tiles(config) + (has_carry(config, problem) ? config.grid : 0);
-  return tiles * tile_bytes(config);
+  const int64_t carried = has_carry(config, problem) ? config.grid * tile_bytes(config) : 0;
+  return handed_bytes(config) + carried;
 }
 
 cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,
@@ -74,12 +75,11 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   if (problem.schedule == Schedule::kSegments) {
     p.groups.step = std::min(p.groups.step, p.groups.alignment);
   }
-  p.workspace = static_cast<float*>(workspace);
   p.chain = std::numeric_limits<int32_t>::max();
   if (has_carry(config, problem)) {
     const int unit = problem.schedule == Schedule::kSpans ? tile.block_k : 1;
     p.chain = static_cast<int32_t>(chain_blocks(config) * unit);
-    p.carry = p.workspace + partial_tiles(config) * tile_bytes(config) / 4;
+    p.carry = static_cast<float*>(workspace) + handed_bytes(config) / 4;
   }
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
@@ -88,6 +88,7 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   p.k_blocks = static_cast<int32_t>(k_blocks(config, problem));
   p.matrix_blocks = static_cast<int32_t>(std::max<int64_t>(ceil_div(k, tile.block_k), 1));
   if (config.split) {
+    set_split_workspace(p, workspace, config.grid, tile_bytes(config));
     const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
     p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
   }
@@ -95,8 +96,8 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
   p.schedule = config.split ? Schedule::kSplit : problem.schedule;
-  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
-                       config.split, stream, p);
+  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes, false,
+                       stream, p);
 }
 
 }  // namespace sm120

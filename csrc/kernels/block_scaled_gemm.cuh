@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
     }
-    queue.init_barriers();
+    queue.init_barriers(kMathWarps + 1);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -298,7 +298,6 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     shrink_registers<40>();
     if (warp == kMathWarps) schedule<T>(p, queue);
     if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
-    if (p.schedule == Schedule::kSplit) grid_barrier();
     return;
   }
 
@@ -309,7 +308,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
   for (;; queue.slot.advance()) {
     mbarrier_wait(queue.full(), queue.slot.parity);
-    Tile tile = queue.read();
+    const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     if (p.rows_gran.per_block && p.cols_gran.per_block) {
@@ -321,14 +320,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     }
     if constexpr (T::kDeep > 1) combine_slices<T>(ring.base, acc, slice);
     if (slice == 0) {
-      tile = queue.read();  // again, rather than in registers all the while
-      store_tile<T>(p, tile, acc, warp_row, warp_col);
+      store_tile<T>(p, queue, acc, warp_row, warp_col);
     }
     mbarrier_arrive_of_warp(queue.empty());  // what was read has been used by now
-  }
-  if (p.schedule == Schedule::kSplit) {
-    grid_barrier();
-    if (slice == 0) reduce_partials<T>(p, warp_row, warp_col);
   }
 }
 

@@ -11,7 +11,7 @@ inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
 inline constexpr int kQueueBytes = kTileSlots * (kTileBytes + 16);  // tiles | full | empty
 static_assert(kTileBytes % 16 == 0);
 
-// Position of one role in the queue, which one warp fills and nine read: the copying one and those
+// Position of one role in the queue, which one warp fills and others read: those that copy and those
 // that multiply.
 template <class Traits>
 struct TileQueue {
@@ -27,17 +27,17 @@ struct TileQueue {
   __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot.stage; }
 
   // By one thread, before all others use it.
-  __device__ void init_barriers() const {
+  __device__ void init_barriers(int readers) const {
     for (int s = 0; s < kTileSlots; ++s) {
       mbarrier_init(base + kFullAt + 8 * s, 1);
-      mbarrier_init(base + kEmptyAt + 8 * s, kMathWarps + 1);
+      mbarrier_init(base + kEmptyAt + 8 * s, readers);
     }
   }
 
   __device__ void write(const Tile& t) const {
     sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
     sts128(tile() + 16,
-           make_int4(t.k_begin, t.k_end, t.group, (t.partial & 0xffff) | t.chain << 16));
+           make_int4(t.k_begin, t.k_end, t.group, (t.others & 0xffff) | t.chain << 16));
   }
   __device__ Tile read() const {
     const int4 place = lds128(tile()), work = lds128(tile() + 16);

@@ -6,7 +6,7 @@
 
 namespace sm120 {
 
-inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1, 0};
+inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, 0, 0};
 
 // One product or a batch: whole tiles round-robin over a persistent grid; or, for few tiles with
 // long K (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges,
@@ -18,8 +18,8 @@ class TileScheduler {
   __device__ explicit TileScheduler(const GemmParams& p)
       : p_(p), scan_(p), spans_(p.groups), next_(blockIdx.x) {
     if (p.schedule == Schedule::kSplit) {
-      next_ = range_begin(p, blockIdx.x);
-      end_ = range_begin(p, blockIdx.x + 1);
+      next_ = range_begin(p, range_of_cta());
+      end_ = range_begin(p, range_of_cta() + 1);
     }
   }
 
@@ -34,7 +34,7 @@ class TileScheduler {
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    tile.group = index / tiles, tile.partial = -1, tile.chain = 0;
+    tile.group = index / tiles, tile.others = 0, tile.chain = 0;
     place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
@@ -42,22 +42,10 @@ class TileScheduler {
     return tile;
   }
 
-  // First K-block (over all tiles) of a CTA's range. 32-bit: the host splits only where
-  // p.total_blocks * (gridDim.x + 1) fits.
-  static __device__ __forceinline__ int range_begin(const GemmParams& p, int cta) {
-    return static_cast<uint32_t>(cta) * p.total_blocks / gridDim.x;
-  }
-
-  // CTA whose range holds K-block `unit`.
-  static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
-    return ((unit + 1u) * gridDim.x - 1) / p.total_blocks;
-  }
-
-  // Workspace slot in which `cta` keeps its part of tile `index`: 0 for the tile its range begins
-  // in, 1 for another (the one it ends in).
-  static __device__ __forceinline__ int slot_of(const GemmParams& p, int cta, int index) {
-    return range_begin(p, cta) / p.k_blocks == index ? 0 : 1;
-  }
+  // Ranges are dealt out in descending order: a tile is finished by the CTA that has its first
+  // K-block, which waits for those behind it in K (kernels/split_k.cuh). These are of lower
+  // blockIdx, and so were started no later.
+  static __device__ __forceinline__ int range_of_cta() { return gridDim.x - 1 - blockIdx.x; }
 
  private:
   __device__ __forceinline__ Tile next_whole() {
@@ -73,10 +61,22 @@ class TileScheduler {
     Tile tile = whole_tile(p_, index);
     tile.k_begin = next_ - index * p_.k_blocks;
     tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
-    const bool whole = tile.k_begin == 0 && tile.k_end == p_.k_blocks;
-    tile.partial = whole ? -1 : slot_of(p_, blockIdx.x, index);
+    // A range that begins inside of a tile hands its part over.
+    const int last = index * p_.k_blocks + p_.k_blocks - 1;
+    tile.others = tile.k_begin > 0 ? kHandedOver : owner(p_, last) - range_of_cta();
     next_ += tile.k_end - tile.k_begin;
     return tile;
+  }
+
+  // First K-block (over all tiles) of a range. 32-bit: the host splits only where
+  // p.total_blocks * (gridDim.x + 1) fits.
+  static __device__ __forceinline__ int range_begin(const GemmParams& p, int range) {
+    return static_cast<uint32_t>(range) * p.total_blocks / gridDim.x;
+  }
+
+  // The range that holds K-block `unit`.
+  static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
+    return ((unit + 1u) * gridDim.x - 1) / p.total_blocks;
   }
 
   // Every group has a whole product: kBatch with all of K, kBlocks and kSpans over its own part.
@@ -105,7 +105,7 @@ class TileScheduler {
     tile.row_end = p_.swapped ? p_.num_rows : at.token_end;
     tile.col_end = p_.swapped ? at.token_end : p_.num_cols;
     tile.k_begin = 0, tile.k_end = p_.k_blocks;
-    tile.group = at.group, tile.partial = -1, tile.chain = 0;
+    tile.group = at.group, tile.others = 0, tile.chain = 0;
     return tile;
   }
 

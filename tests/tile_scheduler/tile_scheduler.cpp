@@ -180,7 +180,7 @@ void check_grouped(std::mt19937& random, Schedule schedule) {
   for (const auto& of_cta : tiles) {
     most = max(most, of_cta.size()), least = min(least, of_cta.size());
     for (const Tile& t : of_cta) {
-      check(t.k_begin == 0 && t.k_end == k_blocks && t.partial == -1, "not all of K");
+      check(t.k_begin == 0 && t.k_end == k_blocks && t.others == 0, "not all of K");
       check((p->swapped ? t.row_end : t.col_end) == weights, "end of the weights");
       const Key key{t.group, p->swapped ? t.col : t.row, p->swapped ? t.col_end : t.row_end,
                     p->swapped ? t.row : t.col};
@@ -215,6 +215,31 @@ void check_order() {
     // 132 tiles, 8 token tiles an expert
     check(weights.size() <= kGrid / 8 + 2, "a wave reads %zu weight tiles", weights.size());
   }
+}
+
+// Of a tile that was cut, the CTA with the first K-block is told how many others there are. They are
+// the ones before it, in the order of K, and each hands its part over before it waits for anybody.
+void check_hand_over(const std::vector<std::vector<Tile>>& tiles, int k_blocks) {
+  int handed_over = 0, expected = 0;
+  for (size_t cta = 0; cta < tiles.size(); ++cta) {
+    for (const Tile& t : tiles[cta]) {
+      if (t.k_begin > 0) {
+        check(t.others == kHandedOver && &t == &tiles[cta][0], "not handed over at once");
+        ++handed_over;
+        continue;
+      }
+      check(t.others >= 0 && t.others <= static_cast<int>(cta), "waits for CTAs behind it");
+      int k = t.k_end;
+      for (int i = 1; i <= t.others; ++i, ++expected) {
+        const Tile& part = tiles[cta - i][0];
+        check(part.row == t.row && part.col == t.col && part.group == t.group && part.k_begin == k,
+              "waits for another tile's part");
+        k = part.k_end;
+      }
+      check(k == k_blocks, "does not wait for all of K");
+    }
+  }
+  check(handed_over == expected, "%d parts, %d are waited for", handed_over, expected);
 }
 
 void check_single(std::mt19937& random, Schedule schedule) {
@@ -267,6 +292,7 @@ void check_single(std::mt19937& random, Schedule schedule) {
     }
     check(at == (own_k ? ends[group] : p->k_blocks), "the last K-blocks are missing");
   }
+  if (schedule == Schedule::kSplit) check_hand_over(tiles, p->k_blocks);
 }
 
 }  // namespace

@@ -1,0 +1,15 @@
+// The workspace of a split product (kernels/split_k.cuh).
+#pragma once
+#include <cstdint>
+
+#include "kernels/gemm.h"
+
+namespace sm120 {
+
+// Bytes for the sums that CTAs hand over, tiles of tile_bytes, and for their flags.
+int64_t split_bytes(int grid, int64_t tile_bytes);
+
+// Gives a launch its workspace, which may hold anything, and a token of its own.
+void set_split_workspace(GemmParams& p, void* workspace, int grid, int64_t tile_bytes);
+
+}  // namespace sm120
