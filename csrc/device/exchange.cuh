@@ -16,17 +16,17 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
 // PTX ISA 9.7.9.6 "shfl.sync": w[j] of quad lane t becomes w[t] of quad lane j: a 4x4 transpose
 // over the quad.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
-  uint32_t out[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int peer = t ^ r;
-    const uint32_t send = peer < 2 ? (peer ? w[1] : w[0]) : (peer == 2 ? w[2] : w[3]);
-    const uint32_t got = r ? __shfl_xor_sync(0xffffffffu, send, r) : send;
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool high = t & bit;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = peer == j ? got : out[j];
+    for (int j = 0; j < 4; ++j) {
+      if (j & bit) continue;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? w[j] : w[j | bit], bit);
+      w[j] = high ? got : w[j];
+      w[j | bit] = high ? w[j | bit] : got;
+    }
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) w[j] = out[j];
 }
 
 }  // namespace sm120

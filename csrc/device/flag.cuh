@@ -15,14 +15,18 @@ __device__ __forceinline__ void raise_flag(uint64_t* flag, uint64_t value) {
   }
 }
 
-// Waits until the flag has the value, then takes it down. By a whole warp.
-__device__ __forceinline__ void take_flag(uint64_t* flag, uint64_t value) {
-  uint64_t seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
-  } while (seen != value);
+// Waits until each of `count` flags, `step` apart, has the value, then takes it down. By a whole
+// warp, for all of its lanes.
+__device__ __forceinline__ void take_flags(uint64_t* flags, int step, int count, uint64_t value) {
+  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    uint64_t* flag = flags + i * step;
+    uint64_t seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+    } while (seen != value);
+    *flag = 0;
+  }
   __syncwarp();
-  if (threadIdx.x % kWarpSize == 0) *flag = 0;
 }
 
 }  // namespace sm120

@@ -68,16 +68,16 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
   if (config.split) {
-    set_split_workspace(p, workspace, config.grid, tile_bytes(config));
-    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
-    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+    const int64_t products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    set_split(p, products * p.row_tiles * p.col_tiles * p.k_blocks, config.grid, workspace,
+              tile_bytes(config));
   }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
   p.schedule = config.split ? Schedule::kSplit : problem.schedule;
-  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes, false,
-                       stream, p);
+  return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
+                       config.split, stream, p);
 }
 
 }  // namespace sm120

@@ -97,16 +97,19 @@ struct Bf16Ring {
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of the K-block that begins at k.
+// One operand's tile of the K-block that begins at k. MN-major: in one copy where the matrix is made
+// of whole atoms, or else atom by atom.
 template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int k, int row, int group) {
+                                             int k, int row, int group, bool whole_atoms) {
   if constexpr (kMajor == Major::kK) {
     tma_load_3d(dst, map, full, 2 * k, row, group);
+  } else if (whole_atoms) {
+    tma_load_4d(dst, map, full, 0, k, row / kAtom, group);
   } else {
-#pragma unroll
+#pragma unroll 1
     for (int first = 0; first < kRows; first += kAtom) {
-      tma_load_3d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, group);
+      tma_load_4d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, 0, group);
     }
   }
 }
@@ -147,10 +150,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   constexpr int kBytes = kCols ? T::kColsBytes : T::kRowsBytes;
   const CUtensorMap* map = kCols ? &p.cols : &p.rows;
   const bool grouped = kCols ? p.cols_grouped : p.rows_grouped;
+  const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
@@ -166,7 +170,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
         load_operand<kMajor, T::kBlockK, kExtent, kAtom>(
-            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0);
+            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0,
+            whole_atoms);
       }
       if constexpr (T::kAnyK) {
         if (cut) {
@@ -403,8 +408,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   grow_registers<T::kMathRegisters>();
   ring.at.stage = WarpPlace<T>::now().slice;
   Slices<T> slices;
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

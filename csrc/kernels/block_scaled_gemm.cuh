@@ -125,8 +125,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     mbarrier_wait(ring.empty(), ring.data.parity ^ 1);
     copy_scales();
   };
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     // Else tiles without K could fill the queue while the last one with K waits for its scales.
@@ -306,8 +306,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   // Once for the main loop and once for the stores.
   const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

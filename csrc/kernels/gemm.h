@@ -92,7 +92,9 @@ struct GemmParams {
   int32_t chain;          // BF16: how much of K, in a Tile's units, a chain of MMAs adds up; longer
                           // sums go through carry
   float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
-  uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
+  int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
+                                        // ranges have one more
+  bool rows_whole_atoms, cols_whole_atoms;  // BF16, MN-major: how the map sees the operand
   bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
   Schedule schedule;
@@ -104,7 +106,7 @@ struct Tile {
   int32_t row_end, col_end;  // where the rows and columns to be stored end
   int32_t k_begin, k_end;    // K-blocks; kSpans: k
   int32_t group;             // matrix of grouped operands and of D; negative: there is no tile
-  int16_t others;            // kSplit: how many ranges after this CTA's hold the rest of K, or
+  int16_t others;            // kSplit: how many CTAs after this one hold the rest of K, or
                              // kHandedOver; 0: all of K is here
   int16_t chain;             // bits kCarried, kMore
 };

@@ -3,10 +3,11 @@
 // a head split (kHeadSplit) and the threads, from 0 on, that hold sums (kStoreThreads).
 //
 // Of a tile that was cut, the CTA with the first K-block waits for the others' sums, adds them to
-// its own in the order of K (so the result does not depend on timing) and stores. A warp waits for
-// its like in the other CTA alone, by a flag that nobody has to clear beforehand: raised it has the
-// launch's token, 64 bits that memory does not hold by chance; and who has seen it takes it down,
-// so that the token of a graph's earlier replay is not found either.
+// its own in the order of K (so the result does not depend on timing) and stores. All CTAs of a
+// split run at once: it is a cooperative launch. A warp waits for its like in the other CTAs alone,
+// by flags that nobody has to clear beforehand: raised, a flag has the launch's token, 64 bits that
+// memory does not hold by chance; and who has seen it takes it down, so that the token of a graph's
+// replay before is not found either.
 #pragma once
 #include "device/flag.cuh"
 #include "device/warp.cuh"
@@ -16,16 +17,65 @@
 
 namespace sm120 {
 
-// Workspace layout: [range][fragment][thread] float4, so that a thread finds its own fragments
+// Workspace layout: [CTA][fragment][thread] float4, so that a thread finds its own fragments
 // again.
 template <class T, int kFragments>
-__device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int range) {
+__device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int cta) {
   return reinterpret_cast<float4*>(p.workspace) +
-         static_cast<int64_t>(range) * kFragments * T::kStoreThreads + threadIdx.x;
+         static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + threadIdx.x;
 }
 
-__device__ __forceinline__ uint64_t* flag_of_warp(const GemmParams& p, int range) {
-  return p.flags + range * kMathWarps + threadIdx.x / kWarpSize;
+__device__ __forceinline__ uint64_t* flag_of_warp(const GemmParams& p, int cta) {
+  return p.flags + cta * kMathWarps + threadIdx.x / kWarpSize;
+}
+
+template <class T, int MT, int NT>
+__device__ __forceinline__ void hand_over(const GemmParams& p, const float (&acc)[MT][NT][4]) {
+  float4* to = handed_fragments<T, MT * NT>(p, blockIdx.x);
+#pragma unroll
+  for (int f = 0; f < MT * NT; ++f) {
+    const float (&v)[4] = acc[f / NT][f % NT];
+    to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  raise_flag(flag_of_warp(p, blockIdx.x), p.token);
+}
+
+// Adds what the `others` CTAs after this one have handed over.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void add_others(const GemmParams& p, int others,
+                                           float (&acc)[MT][NT][4]) {
+  constexpr int kFragments = MT * NT;
+  take_flags(flag_of_warp(p, blockIdx.x + 1), kMathWarps, others, p.token);
+  const float4* from = handed_fragments<T, kFragments>(p, blockIdx.x + 1);
+  // CTAs whose sums are loaded together: latency counts here, not bandwidth.
+  constexpr int kAtOnce = kFragments < 16 ? 16 / kFragments : 1;
+#pragma unroll 1
+  for (; others > 0; others -= kAtOnce, from += kAtOnce * kFragments * T::kStoreThreads) {
+    if constexpr (kAtOnce == 1) {
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+        add_from(acc[f / NT][f % NT], from + f * T::kStoreThreads);
+      }
+    } else {
+      float4 part[kAtOnce][kFragments];
+#pragma unroll
+      for (int x = 0; x < kAtOnce * kFragments; ++x) {
+        const int cta = min(x / kFragments, others - 1);
+        part[x / kFragments][x % kFragments] =
+            from[(cta * kFragments + x % kFragments) * T::kStoreThreads];
+      }
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) {
+        if (c >= others) break;
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          float (&v)[4] = acc[f / NT][f % NT];
+          const float4& add = part[c][f];
+          v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
+        }
+      }
+    }
+  }
 }
 
 // What a warp has of the tile at the queue's head: to D, or its part of K to the CTA that stores the
@@ -33,28 +83,9 @@ __device__ __forceinline__ uint64_t* flag_of_warp(const GemmParams& p, int range
 template <class T, int MT, int NT>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const TileQueue<T>& queue,
                                            float (&acc)[MT][NT][4], int warp_row, int warp_col) {
-  constexpr int kFragments = MT * NT;
-  int others = queue.read().others, range = TileScheduler<T>::range_of_cta();
-  if (others == kHandedOver) {
-    float4* to = handed_fragments<T, kFragments>(p, range);
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      const float (&v)[4] = acc[f / NT][f % NT];
-      to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-    raise_flag(flag_of_warp(p, range), p.token);
-    return;
-  }
-#pragma unroll 1
-  for (; others > 0; --others) {
-    ++range;
-    take_flag(flag_of_warp(p, range), p.token);
-    const float4* from = handed_fragments<T, kFragments>(p, range);
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      add_from(acc[f / NT][f % NT], from + f * T::kStoreThreads);
-    }
-  }
+  const int others = queue.read().others;
+  if (others == kHandedOver) return hand_over<T>(p, acc);
+  if (others > 0) add_others<T>(p, others, acc);
   store_fragments<T::kColAccess, T::kHeadSplit>(p, queue.read(), acc, warp_row, warp_col);
 }
 

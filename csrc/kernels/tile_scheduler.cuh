@@ -18,8 +18,8 @@ class TileScheduler {
   __device__ explicit TileScheduler(const GemmParams& p)
       : p_(p), scan_(p), spans_(p.groups), next_(blockIdx.x) {
     if (p.schedule == Schedule::kSplit) {
-      next_ = range_begin(p, range_of_cta());
-      end_ = range_begin(p, range_of_cta() + 1);
+      next_ = range_begin(p, blockIdx.x);
+      end_ = range_begin(p, blockIdx.x + 1);
     }
   }
 
@@ -42,11 +42,6 @@ class TileScheduler {
     return tile;
   }
 
-  // Ranges are dealt out in descending order: a tile is finished by the CTA that has its first
-  // K-block, which waits for those behind it in K (kernels/split_k.cuh). These are of lower
-  // blockIdx, and so were started no later.
-  static __device__ __forceinline__ int range_of_cta() { return gridDim.x - 1 - blockIdx.x; }
-
  private:
   __device__ __forceinline__ Tile next_whole() {
     if (next_ >= p_.row_tiles * p_.col_tiles) return kNoTile;
@@ -61,22 +56,25 @@ class TileScheduler {
     Tile tile = whole_tile(p_, index);
     tile.k_begin = next_ - index * p_.k_blocks;
     tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
-    // A range that begins inside of a tile hands its part over.
+    // The CTA with the first K-block, which it has last in its range, adds up the sums; the others
+    // have their part first in theirs, and hand it over (kernels/split_k.cuh).
     const int last = index * p_.k_blocks + p_.k_blocks - 1;
-    tile.others = tile.k_begin > 0 ? kHandedOver : owner(p_, last) - range_of_cta();
+    tile.others = tile.k_begin > 0 ? kHandedOver : owner(p_, last) - blockIdx.x;
     next_ += tile.k_end - tile.k_begin;
     return tile;
   }
 
-  // First K-block (over all tiles) of a range. 32-bit: the host splits only where
-  // p.total_blocks * (gridDim.x + 1) fits.
-  static __device__ __forceinline__ int range_begin(const GemmParams& p, int range) {
-    return static_cast<uint32_t>(range) * p.total_blocks / gridDim.x;
+  // First K-block (over all tiles) of a CTA's range: the first p.longer_ranges have one more than
+  // p.range_blocks.
+  static __device__ __forceinline__ int range_begin(const GemmParams& p, int cta) {
+    return cta * p.range_blocks + min(cta, p.longer_ranges);
   }
 
-  // The range that holds K-block `unit`.
+  // CTA whose range holds K-block `unit`.
   static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
-    return ((unit + 1u) * gridDim.x - 1) / p.total_blocks;
+    const int longer = p.longer_ranges * (p.range_blocks + 1);
+    return unit < longer ? unit / (p.range_blocks + 1)
+                         : p.longer_ranges + (unit - longer) / p.range_blocks;
   }
 
   // Every group has a whole product: kBatch with all of K, kBlocks and kSpans over its own part.

@@ -218,7 +218,7 @@ void check_order() {
 }
 
 // Of a tile that was cut, the CTA with the first K-block is told how many others there are. They are
-// the ones before it, in the order of K, and each hands its part over before it waits for anybody.
+// the ones after it, in the order of K, and each hands its part over before it waits for anybody.
 void check_hand_over(const std::vector<std::vector<Tile>>& tiles, int k_blocks) {
   int handed_over = 0, expected = 0;
   for (size_t cta = 0; cta < tiles.size(); ++cta) {
@@ -228,10 +228,10 @@ void check_hand_over(const std::vector<std::vector<Tile>>& tiles, int k_blocks) 
         ++handed_over;
         continue;
       }
-      check(t.others >= 0 && t.others <= static_cast<int>(cta), "waits for CTAs behind it");
+      check(t.others >= 0 && cta + t.others < tiles.size(), "waits for CTAs that are not there");
       int k = t.k_end;
       for (int i = 1; i <= t.others; ++i, ++expected) {
-        const Tile& part = tiles[cta - i][0];
+        const Tile& part = tiles[cta + i][0];
         check(part.row == t.row && part.col == t.col && part.group == t.group && part.k_begin == k,
               "waits for another tile's part");
         k = part.k_end;
@@ -253,7 +253,7 @@ void check_single(std::mt19937& random, Schedule schedule) {
   const bool by_blocks = schedule == Schedule::kBlocks, spans = schedule == Schedule::kSpans;
   const bool single = schedule == Schedule::kTiles;
   const int groups = spans ? draw(random, 1, 100) : single ? 1 : draw(random, 1, 6);
-  p->total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
+  const int total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
   std::vector<int> ends, sizes;
   for (int g = 0, end = 0; g < groups; ++g) ends.push_back(end += draw(random, 0, 3));
   if (spans) {  // sizes that may be negative, or more than there is
@@ -271,8 +271,10 @@ void check_single(std::mt19937& random, Schedule schedule) {
   const std::vector<int>& index = spans ? sizes : ends;
   p->groups.index = index.data(), p->groups.count = groups;
   simulated::readable_begin = index.data(), simulated::readable_end = index.data() + index.size();
-  const int units = schedule == Schedule::kSplit ? static_cast<int>(p->total_blocks) : 1 << 30;
-  const auto tiles = run_all(*p, min(draw(random, 1, 140), units));
+  const int units = schedule == Schedule::kSplit ? total_blocks : 1 << 30;
+  const int grid = min(draw(random, 1, 140), units);
+  p->range_blocks = total_blocks / grid, p->longer_ranges = total_blocks % grid;
+  const auto tiles = run_all(*p, grid);
   std::map<std::tuple<int, int, int>, std::vector<std::pair<int, int>>> parts;
   for (const auto& of_cta : tiles) {
     for (const Tile& t : of_cta) {
