@@ -38,7 +38,7 @@ CUtensorMap encode(CUtensorMapDataType type, const void* data,
   constexpr int kMost = 4;
   cuuint64_t sizes[kMost], strides[kMost];
   cuuint32_t box[kMost];
-  const cuuint32_t steps[kMost] = {1, 1, 1};
+  const cuuint32_t steps[kMost] = {1, 1, 1, 1};
   int rank = 0;
   for (const Dimension& d : list) {
     sizes[rank] = d.size;

@@ -10,6 +10,7 @@
 // which ordinary additions put together.
 #pragma once
 #include "device/launch.cuh"
+#include "device/math.cuh"
 #include "device/operand.cuh"
 #include "device/tma.cuh"
 #include "host/bf16_config.h"
@@ -139,7 +140,8 @@ __device__ __forceinline__ int k_blocks_of(const GemmParams& p, const Tile& tile
   return is_in_k<T>(p) ? (units + T::kBlockK - 1) / T::kBlockK : units;
 }
 
-// One thread copies an operand. Where groups divide K at any k, its whole warp takes part: what the
+// One thread copies an operand. With p.rotated the CTAs begin at different places of K: those that
+// share an operand would else ask for the same lines at the same time. Where groups divide K at any k, its whole warp takes part: what the
 // last K-block of a group has of the next group is overwritten with zeros before the math warps see
 // it.
 template <class T, bool kCols>
@@ -159,10 +161,15 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
     // Where the product is summed over the groups too, their K-blocks follow one another.
-    int group = in_k ? tile.group : tile.group + tile.k_begin / p.matrix_blocks;
-    int k = in_k ? tile.k_begin : tile.k_begin % p.matrix_blocks * T::kBlockK;
+    int group = tile.group, first = tile.k_begin;
+    if (!in_k && first >= p.matrix_blocks) {
+      group += first / p.matrix_blocks, first %= p.matrix_blocks;
+    }
+    const int blocks = k_blocks_of<T>(p, tile), begin = in_k ? first : first * T::kBlockK;
+    int k = begin;
+    if (p.rotated) k += fraction(blockIdx.x * 0x9e3779b9, blocks) * T::kBlockK;
 #pragma unroll 1
-    for (int left = k_blocks_of<T>(p, tile); left > 0; --left) {
+    for (int left = blocks; left > 0; --left) {
       const bool cut = in_k && k + T::kBlockK > tile.k_end;
       const uint32_t full = cut ? ring.cut(kCols) : ring.full();
       const uint32_t dst = kCols ? ring.cols() : ring.rows();
@@ -183,7 +190,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       }
       ring.at.advance();
       k += T::kBlockK;
-      if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
+      if (p.rotated) {
+        if (k >= begin + blocks * T::kBlockK) k = begin;
+      } else if (k >= p.matrix_blocks * T::kBlockK) {
+        k = 0, ++group;
+      }
     }
     if (T::kAnyK) __syncwarp();  // all lanes have read the tile
     if (copies) mbarrier_arrive(queue.empty());

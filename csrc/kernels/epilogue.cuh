@@ -8,28 +8,28 @@
 
 namespace sm120 {
 
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
 // Where a tile's sums go: its group's matrices in D and C, and where the product's rows and columns
 // end.
 struct Store {
   const GemmOutput& out;
   bool swapped;
-  int row_end, col_end;
-  int64_t d_group, c_group;  // elements
+  int row_end, col_end, group;
 
   __device__ Store(const GemmParams& p, const Tile& tile)
       : out(p.out),
         swapped(p.swapped),
         row_end(tile.row_end),
         col_end(tile.col_end),
-        d_group(tile.group * p.out.d_group_stride),
-        c_group(tile.group * p.out.c_group_stride) {}
+        group(tile.group) {}
+
+  template <class TOut>
+  __device__ TOut* d() const {
+    return static_cast<TOut*>(out.d) + group * out.d_group_stride;
+  }
+  template <class TOut>
+  __device__ const TOut* c() const {
+    return static_cast<const TOut*>(out.c) + group * out.c_group_stride;
+  }
 };
 
 template <bool kHeadSplit>
@@ -71,18 +71,21 @@ __device__ __forceinline__ void for_elements(const Store& to, int64_t stride, fl
   }
 }
 
-template <Access kColAccess, bool kHeadSplit, class TOut, int MT, int NT>
+template <Access kColAccess, bool kHeadSplit, int MT, int NT>
 __device__ __forceinline__ void add_c(const Store& to, float (&acc)[MT][NT][4], int row, int col) {
-  const TOut* c = static_cast<const TOut*>(to.out.c) + to.c_group;
-  for_elements<kColAccess, kHeadSplit>(to, to.out.c_stride, acc, row, col,
-                                       [c](int64_t at, float& v) { v += to_float(c[at]); });
+  const auto* c32 = to.c<float>();
+  const auto* c16 = to.c<__nv_bfloat16>();
+  const bool fp32 = to.out.fp32;
+  for_elements<kColAccess, kHeadSplit>(
+      to, to.out.c_stride, acc, row, col,
+      [=](int64_t at, float& v) { v += fp32 ? c32[at] : __bfloat162float(c16[at]); });
 }
 
 // Element by element, for any alignment, edge and orientation.
 template <Access kColAccess, bool kHeadSplit, class TOut, int MT, int NT>
 __device__ __forceinline__ void store_elements(const Store& to, float (&acc)[MT][NT][4], int row,
                                                int col) {
-  TOut* d = static_cast<TOut*>(to.out.d) + to.d_group;
+  TOut* d = to.d<TOut>();
   for_elements<kColAccess, kHeadSplit>(to, to.out.d_stride, acc, row, col,
                                        [d](int64_t at, float& v) { d[at] = TOut(v); });
 }
@@ -112,7 +115,7 @@ __device__ __forceinline__ void store_vectors(const Store& to, const float (&acc
         for (int j = 0; j < 4; ++j) {
           v[j] = {acc[i][j0 + j][2 * h], acc[i][j0 + j][2 * h + 1]};
         }
-        TOut* d = static_cast<TOut*>(out.d) + to.d_group + m * out.d_stride;
+        TOut* d = to.d<TOut>() + m * out.d_stride;
         if constexpr (sizeof(TOut) == 4) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -158,7 +161,7 @@ __device__ __forceinline__ void store_vectors_swapped(const Store& to,
       quad_transpose(packed, t);
       const int m = col + 8 * j + fragment_column<kColAccess>(g);
       if (m < to.col_end) {
-        auto* d = static_cast<__nv_bfloat16*>(out.d) + to.d_group + m * out.d_stride + vector_col;
+        auto* d = to.d<__nv_bfloat16>() + m * out.d_stride + vector_col;
         *reinterpret_cast<uint4*>(d) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
@@ -173,8 +176,7 @@ __device__ __forceinline__ void store_fragments(const GemmParams& p, const Tile&
                                                 float (&acc)[MT][NT][4], int row, int col) {
   const Store to(p, tile);
   row += tile.row, col += tile.col;
-  if (to.out.c && to.out.fp32) add_c<kColAccess, kHeadSplit, float>(to, acc, row, col);
-  if (to.out.c && !to.out.fp32) add_c<kColAccess, kHeadSplit, __nv_bfloat16>(to, acc, row, col);
+  if (to.out.c) add_c<kColAccess, kHeadSplit>(to, acc, row, col);
   if constexpr (MT % 2 == 0) {
     if (to.out.vector && to.swapped && !to.out.fp32 && row + 16 * MT <= to.row_end) {
       return store_vectors_swapped<kColAccess, kHeadSplit>(to, acc, row, col);

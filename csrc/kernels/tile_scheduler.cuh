@@ -34,7 +34,7 @@ class TileScheduler {
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    tile.group = index / tiles, tile.others = 0, tile.chain = 0;
+    tile.group = index < tiles ? 0 : index / tiles, tile.others = 0, tile.chain = 0;
     place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
@@ -58,8 +58,11 @@ class TileScheduler {
     tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
     // The CTA with the first K-block, which it has last in its range, adds up the sums; the others
     // have their part first in theirs, and hand it over (kernels/split_k.cuh).
-    const int last = index * p_.k_blocks + p_.k_blocks - 1;
-    tile.others = tile.k_begin > 0 ? kHandedOver : owner(p_, last) - blockIdx.x;
+    if (tile.k_begin > 0) {
+      tile.others = kHandedOver;
+    } else if (tile.k_end < p_.k_blocks) {
+      tile.others = owner(p_, (index + 1) * p_.k_blocks - 1) - blockIdx.x;
+    }
     next_ += tile.k_end - tile.k_begin;
     return tile;
   }
