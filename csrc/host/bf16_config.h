@@ -55,7 +55,7 @@ constexpr bool has_any_k(int cols) {
 }
 
 struct Bf16Shape {
-  int64_t m, n, k;     // of one matrix
+  int64_t m, n, k;       // of one matrix
   int64_t shared_k = 0;  // groups of K, which may begin and end anywhere: what they divide, which
                          // one of them may have alone; `k` is what each is expected to have
   int64_t batch = 1;     // products of this shape; GroupedBf16Shape counts its groups itself

@@ -75,10 +75,10 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
     };
     p.rows_whole_atoms = whole(rows, instance.rows_box_bytes);
     p.cols_whole_atoms = whole(cols, instance.cols_box_bytes);
-    p.rows = data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes,
-                      p.rows_whole_atoms);
-    p.cols = data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes,
-                      p.cols_whole_atoms);
+    p.rows =
+        data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes, p.rows_whole_atoms);
+    p.cols =
+        data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes, p.cols_whole_atoms);
   }
   p.out = problem.out;
   p.groups = problem.groups;
@@ -105,8 +105,8 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
-  // In one wave an operand that many CTAs share comes from L2 all the while. In more, CTAs must keep
-  // to the same part of K.
+  // In one wave an operand that many CTAs share comes from L2 all the while. In more, CTAs must
+  // keep to the same part of K.
   p.rotated = problem.schedule == Schedule::kTiles && problem.summed == 1 &&
               int64_t{p.row_tiles} * p.col_tiles <= config.grid;
   p.swapped = config.swapped;

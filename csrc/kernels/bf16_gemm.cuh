@@ -98,8 +98,8 @@ struct Bf16Ring {
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of the K-block that begins at k. MN-major: in one copy where the matrix is made
-// of whole atoms, or else atom by atom.
+// One operand's tile of the K-block that begins at k. MN-major: in one copy where the matrix is
+// made of whole atoms, or else atom by atom.
 template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
                                              int k, int row, int group, bool whole_atoms) {
@@ -141,9 +141,9 @@ __device__ __forceinline__ int k_blocks_of(const GemmParams& p, const Tile& tile
 }
 
 // One thread copies an operand. With p.rotated the CTAs begin at different places of K: those that
-// share an operand would else ask for the same lines at the same time. Where groups divide K at any k, its whole warp takes part: what the
-// last K-block of a group has of the next group is overwritten with zeros before the math warps see
-// it.
+// share an operand would else ask for the same lines at the same time. Where groups divide K at any
+// k, its whole warp takes part: what the last K-block of a group has of the next group is
+// overwritten with zeros before the math warps see it.
 template <class T, bool kCols>
 __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, TileQueue<T> queue) {
   constexpr Major kMajor = kCols ? T::kColsMajor : T::kRowsMajor;
@@ -177,8 +177,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
         load_operand<kMajor, T::kBlockK, kExtent, kAtom>(
-            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0,
-            whole_atoms);
+            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_atoms);
       }
       if constexpr (T::kAnyK) {
         if (cut) {

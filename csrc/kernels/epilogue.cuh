@@ -43,8 +43,9 @@ __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
 // Calls visit(element offset in D or C, fragment element) for the product's elements that a warp
 // has, given the strides of that matrix. (row, col) in the MMA's product.
 template <Access kColAccess, bool kHeadSplit, int MT, int NT, class Visit>
-__device__ __forceinline__ void for_elements(const Store& to, int64_t stride, float (&acc)[MT][NT][4],
-                                             int row, int col, const Visit& visit) {
+__device__ __forceinline__ void for_elements(const Store& to, int64_t stride,
+                                             float (&acc)[MT][NT][4], int row, int col,
+                                             const Visit& visit) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   // Elements between neighbours of the product, where there is no head split.
   const int64_t down = to.swapped ? 1 : stride, across = to.swapped ? stride : 1;

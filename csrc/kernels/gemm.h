@@ -95,8 +95,8 @@ struct GemmParams {
   int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
                                         // ranges have one more
   bool rows_whole_atoms, cols_whole_atoms;  // BF16, MN-major: how the map sees the operand
-  bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
-  bool rotated;  // BF16: each CTA begins elsewhere in its part of K
+  bool rows_grouped, cols_grouped;          // the operand has a matrix for each group
+  bool rotated;                             // BF16: each CTA begins elsewhere in its part of K
   bool swapped;
   Schedule schedule;
 };

@@ -78,8 +78,9 @@ __device__ __forceinline__ void add_others(const GemmParams& p, int others,
   }
 }
 
-// What a warp has of the tile at the queue's head: to D, or its part of K to the CTA that stores the
-// tile. The tile is read anew where it is needed, rather than kept in registers beside the sums.
+// What a warp has of the tile at the queue's head: to D, or its part of K to the CTA that stores
+// the tile. The tile is read anew where it is needed, rather than kept in registers beside the
+// sums.
 template <class T, int MT, int NT>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const TileQueue<T>& queue,
                                            float (&acc)[MT][NT][4], int warp_row, int warp_col) {

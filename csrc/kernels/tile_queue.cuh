@@ -11,8 +11,8 @@ inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
 inline constexpr int kQueueBytes = kTileSlots * (kTileBytes + 16);  // tiles | full | empty
 static_assert(kTileBytes % 16 == 0);
 
-// Position of one role in the queue, which one warp fills and others read: those that copy and those
-// that multiply.
+// Position of one role in the queue, which one warp fills and others read: those that copy and
+// those that multiply.
 template <class Traits>
 struct TileQueue {
   static constexpr int kFullAt = Traits::kQueueAt + kTileSlots * kTileBytes;
@@ -20,7 +20,7 @@ struct TileQueue {
   static_assert(Traits::kQueueAt % 16 == 0);
 
   uint32_t count = 0;  // of tiles so far: one register instead of RingState's two
-  uint32_t base;  // shared-memory address of the kernel's map
+  uint32_t base;       // shared-memory address of the kernel's map
 
   static_assert((kTileSlots & (kTileSlots - 1)) == 0);
   __device__ uint32_t slot() const { return count % kTileSlots; }

@@ -217,8 +217,9 @@ void check_order() {
   }
 }
 
-// Of a tile that was cut, the CTA with the first K-block is told how many others there are. They are
-// the ones after it, in the order of K, and each hands its part over before it waits for anybody.
+// Of a tile that was cut, the CTA with the first K-block is told how many others there are. They
+// are the ones after it, in the order of K, and each hands its part over before it waits for
+// anybody.
 void check_hand_over(const std::vector<std::vector<Tile>>& tiles, int k_blocks) {
   int handed_over = 0, expected = 0;
   for (size_t cta = 0; cta < tiles.size(); ++cta) {
