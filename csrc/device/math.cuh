@@ -26,9 +26,4 @@ __device__ __forceinline__ float sigmoid(float x) {
   return result;
 }
 
-// part / 2^32 of `whole`, rounded down
-__device__ __forceinline__ uint32_t fraction(uint32_t part, uint32_t whole) {
-  return __umulhi(part, whole);
-}
-
 }  // namespace sm120

@@ -24,7 +24,8 @@ constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further
 constexpr double kHandOverUs = 2.0;       // split: sums written, flag raised and seen
 constexpr double kHandedBytesAUs = 65e3;  // split: sums read by the CTA that adds them up
 constexpr double kDramShare = 0.8;        // of the nominal bandwidth, cold
-constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
+constexpr double kL2BytesAUs = 60e3;      // L2 to one SM
+constexpr double kMnColsCost = 1.03;      // of compute, where cols are MN-major rather than rows
 constexpr double kStageUs = 0.11;         // the copying thread, for the two copies of a stage
 
 // Clocks of an SM for 16 of K, by tensor cores or by shared memory: fragments read by the warps
@@ -64,6 +65,7 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
                 2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
   const int64_t waves = ceil_div(tiles, c.grid);
   c.compute_us = (c.split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
+  if (c.swapped ? s.a_mn_major : s.b_mn_major) c.compute_us *= kMnColsCost;
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;

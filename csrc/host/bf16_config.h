@@ -60,6 +60,7 @@ struct Bf16Shape {
                          // one of them may have alone; `k` is what each is expected to have
   int64_t batch = 1;     // products of this shape; GroupedBf16Shape counts its groups itself
   int64_t summed = 1;    // pairs of matrices that a product is the sum of
+  bool a_mn_major = false, b_mn_major = false;
 };
 
 using GroupedBf16Shape = Grouped<Bf16Shape>;

@@ -105,10 +105,6 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
-  // In one wave an operand that many CTAs share comes from L2 all the while. In more, CTAs must
-  // keep to the same part of K.
-  p.rotated = problem.schedule == Schedule::kTiles && problem.summed == 1 &&
-              int64_t{p.row_tiles} * p.col_tiles <= config.grid;
   p.swapped = config.swapped;
   p.schedule = config.split ? Schedule::kSplit : problem.schedule;
   return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,

@@ -10,7 +10,6 @@
 // which ordinary additions put together.
 #pragma once
 #include "device/launch.cuh"
-#include "device/math.cuh"
 #include "device/operand.cuh"
 #include "device/tma.cuh"
 #include "host/bf16_config.h"
@@ -108,7 +107,7 @@ __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* ma
   } else if (whole_atoms) {
     tma_load_4d(dst, map, full, 0, k, row / kAtom, group);
   } else {
-#pragma unroll 1
+#pragma unroll
     for (int first = 0; first < kRows; first += kAtom) {
       tma_load_4d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, 0, group);
     }
@@ -140,10 +139,9 @@ __device__ __forceinline__ int k_blocks_of(const GemmParams& p, const Tile& tile
   return is_in_k<T>(p) ? (units + T::kBlockK - 1) / T::kBlockK : units;
 }
 
-// One thread copies an operand. With p.rotated the CTAs begin at different places of K: those that
-// share an operand would else ask for the same lines at the same time. Where groups divide K at any
-// k, its whole warp takes part: what the last K-block of a group has of the next group is
-// overwritten with zeros before the math warps see it.
+// One thread copies an operand. Where groups divide K at any k, its whole warp takes part: what the
+// last K-block of a group has of the next group is overwritten with zeros before the math warps see
+// it.
 template <class T, bool kCols>
 __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, TileQueue<T> queue) {
   constexpr Major kMajor = kCols ? T::kColsMajor : T::kRowsMajor;
@@ -165,11 +163,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
     if (!in_k && first >= p.matrix_blocks) {
       group += first / p.matrix_blocks, first %= p.matrix_blocks;
     }
-    const int blocks = k_blocks_of<T>(p, tile), begin = in_k ? first : first * T::kBlockK;
-    int k = begin;
-    if (p.rotated) k += fraction(blockIdx.x * 0x9e3779b9, blocks) * T::kBlockK;
+    int k = in_k ? first : first * T::kBlockK;
 #pragma unroll 1
-    for (int left = blocks; left > 0; --left) {
+    for (int left = k_blocks_of<T>(p, tile); left > 0; --left) {
       const bool cut = in_k && k + T::kBlockK > tile.k_end;
       const uint32_t full = cut ? ring.cut(kCols) : ring.full();
       const uint32_t dst = kCols ? ring.cols() : ring.rows();
@@ -189,11 +185,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       }
       ring.at.advance();
       k += T::kBlockK;
-      if (p.rotated) {
-        if (k >= begin + blocks * T::kBlockK) k = begin;
-      } else if (k >= p.matrix_blocks * T::kBlockK) {
-        k = 0, ++group;
-      }
+      if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
     }
     if (T::kAnyK) __syncwarp();  // all lanes have read the tile
     if (copies) mbarrier_arrive(queue.empty());

@@ -96,7 +96,6 @@ struct GemmParams {
                                         // ranges have one more
   bool rows_whole_atoms, cols_whole_atoms;  // BF16, MN-major: how the map sees the operand
   bool rows_grouped, cols_grouped;          // the operand has a matrix for each group
-  bool rotated;                             // BF16: each CTA begins elsewhere in its part of K
   bool swapped;
   Schedule schedule;
 };
