@@ -63,7 +63,8 @@ def test_every_choice_is_legal(sms: int) -> None:
         blocks = tiles * -(-k // block_k)
         if config["split"]:  # every CTA has work, and all of them run at once
             assert k > block_k
-            assert config["grid"] == min(sms, blocks)
+            parts = min(sms // tiles, -(-k // block_k))
+            assert config["grid"] == (tiles * parts if parts > 1 else min(sms, blocks))
         else:
             assert config["grid"] == min(sms, tiles)
         assert config["total_us"] > 0

@@ -23,6 +23,7 @@ from bf16_grouped_cases import (
     check_k_case,
     draw_index,
 )
+from reference import calc_diff
 
 from sm120_ops import bf16_k_grouped_gemm
 
@@ -126,6 +127,17 @@ def test_graph_replays_with_other_sizes_of_k_groups() -> None:
             error = (out[group].double() - (c[group].double() + x.t() @ y)).norm()
             assert error <= 2e-6 * out[group].norm()
             begin += k
+
+
+def test_one_group_with_nearly_all_of_k() -> None:
+    """The tile is chosen for the whole of K, not for what each of 40 groups has on average."""
+    sizes = (60_000, *[8] * 39)
+    a = torch.randn(sum(sizes), 128, dtype=torch.bfloat16, device=CUDA)
+    b = torch.randn(sum(sizes), 256, dtype=torch.bfloat16, device=CUDA)
+    ks = torch.tensor(sizes, dtype=torch.int32, device=CUDA)
+    out = bf16_k_grouped_gemm(a, b, ks, out_dtype=torch.float32)
+    exact = a[: sizes[0]].double().t() @ b[: sizes[0]].double()
+    assert calc_diff(out[0], exact) <= 1e-10
 
 
 # At the sizes of real work, over and over: a race shows there.

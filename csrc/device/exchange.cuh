@@ -17,14 +17,14 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
 // over the quad: of each 2x2 block, then of the blocks.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int t) {
 #pragma unroll
-  for (int step = 1; step <= 2; ++step) {
-    const bool later = t & step;
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool high = t & bit;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t& low = w[step == 1 ? 2 * i : i];
-      uint32_t& high = w[step == 1 ? 2 * i + 1 : i + 2];
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, later ? low : high, step);
-      (later ? low : high) = got;
+    for (int j = 0; j < 4; ++j) {
+      if (j & bit) continue;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? w[j] : w[j | bit], bit);
+      w[j] = high ? got : w[j];
+      w[j | bit] = high ? w[j | bit] : got;
     }
   }
 }

@@ -24,4 +24,12 @@ __device__ __forceinline__ void take_flag(uint64_t* flag, uint64_t value) {
   *flag = 0;
 }
 
+// The same for `count` flags, `step` apart. By a whole warp, for all of its lanes.
+__device__ __forceinline__ void take_flags(uint64_t* flags, int step, int count, uint64_t value) {
+  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    take_flag(flags + i * step, value);
+  }
+  __syncwarp();
+}
+
 }  // namespace sm120

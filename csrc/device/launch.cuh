@@ -1,6 +1,5 @@
 // Controls that concern a whole block or grid: register budgets, dependent launch, grid barrier.
 #pragma once
-#include <cooperative_groups.h>
 
 #include "device/arch.cuh"
 
@@ -30,11 +29,6 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_barrier() {
   asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
-// Barrier and memory fence over all blocks of a cooperative launch; every thread must call it.
-__device__ __forceinline__ void grid_barrier() {
-  cooperative_groups::this_grid().sync();
 }
 
 // How many threads of the block say yes, and a block barrier; every thread must call it.

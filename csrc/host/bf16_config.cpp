@@ -21,10 +21,11 @@ constexpr double kSharedBytesAClock = 128;
 constexpr double kLaunchUs = 4.5;         // launch, first copies, last stores
 constexpr double kColdTileUs = 4.0;       // code of a 128 x 256 tile, first time
 constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further wave
-constexpr double kGridBarrierUs = 3.0;    // split: barrier and reduction of few partial sums
-constexpr double kPartialBytesAUs = 3e6;  // split: their way through L2, written and read
+constexpr double kHandOverUs = 2.0;       // split: sums written, flag raised and seen
+constexpr double kHandedBytesAUs = 65e3;  // split: sums read by the CTA that adds them up
 constexpr double kDramShare = 0.8;        // of the nominal bandwidth, cold
-constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
+constexpr double kL2BytesAUs = 60e3;      // L2 to one SM
+constexpr double kMnColsCost = 1.03;      // of compute, where cols are MN-major rather than rows
 constexpr double kStageUs = 0.11;         // the copying thread, for the two copies of a stage
 
 // Clocks of an SM for 16 of K, by tensor cores or by shared memory: fragments read by the warps
@@ -45,6 +46,12 @@ int64_t k_blocks(const Bf16Tile& t, const Bf16Shape& s) {
   return s.summed * ceil_div(s.k, t.block_k);
 }
 
+// Ranges of a split: equal parts of each tile, where there are SMs for two or more, else one an SM.
+int64_t count_ranges(int64_t tiles, int64_t blocks, int num_sms) {
+  const int64_t parts = std::min(num_sms / tiles, blocks);
+  return parts > 1 ? parts * tiles : std::min<int64_t>(num_sms, tiles * blocks);
+}
+
 // The model's terms, for `tiles` tiles on c.grid CTAs; all operands and D have `bytes`, and that
 // share of the GPU's SMs loads them.
 void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, double busy,
@@ -58,6 +65,7 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
                 2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
   const int64_t waves = ceil_div(tiles, c.grid);
   c.compute_us = (c.split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
+  if (c.swapped ? s.a_mn_major : s.b_mn_major) c.compute_us *= kMnColsCost;
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
@@ -73,7 +81,11 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
   const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
   c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
               (waves - 1) * area / full * kTileStoreUs;
-  if (c.split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  if (c.split) {
+    // A tile's first K-block may lie anywhere in a range.
+    const int64_t others = c.grid % tiles == 0 ? c.grid / tiles - 1 : ceil_div(c.grid, tiles);
+    c.tail_us += kHandOverUs + others * area * 4 / kHandedBytesAUs;
+  }
   // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
   c.total_us =
       std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
@@ -85,8 +97,9 @@ double bytes_of(const Bf16Shape& s) {
 
 // Whether the tile is compiled for it, and sums of so many K-blocks are as exact as is promised.
 bool can_sum(const Bf16Tile& t, const Bf16Shape& s, int64_t blocks) {
-  return (has_chains(t.cols, t.slices) || blocks * t.block_k <= kLongestChainK * t.slices) &&
-         (has_any_k(t.cols) || !s.any_k);
+  const int64_t longest = std::max(blocks * t.block_k, s.shared_k);
+  return (has_chains(t.cols, t.slices) || longest <= kLongestChainK * t.slices) &&
+         (has_any_k(t.cols) || s.shared_k == 0);
 }
 
 }  // namespace
@@ -100,7 +113,8 @@ bool is_legal(int index, bool swapped, bool split, const Bf16Shape& s, int num_s
     return false;
   }
   // No CTA has more of a tile's K than its range has of all.
-  return can_sum(tile, s, std::min(blocks, ceil_div(tiles * blocks, num_sms)));
+  return can_sum(tile, s,
+                 std::min(blocks, ceil_div(tiles * blocks, count_ranges(tiles, blocks, num_sms))));
 }
 
 Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16Shape& s,
@@ -108,8 +122,15 @@ Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16S
   const Bf16Tile& tile = kBf16Tiles[index];
   const int64_t tiles = count_tiles(tile, swapped, s), blocks = k_blocks(tile, s);
   Bf16Config c{index, swapped, split, 0, 0, 0, 0, 0};
-  c.grid = static_cast<int>(std::min<int64_t>(gpu.num_sms, split ? tiles * blocks : tiles));
-  estimate(c, s, tiles, bytes_of(s), static_cast<double>(c.grid) / gpu.num_sms, gpu);
+  c.grid = static_cast<int>(split ? count_ranges(tiles, blocks, gpu.num_sms)
+                                  : std::min<int64_t>(gpu.num_sms, tiles));
+  // The CTAs of a split with several tiles each are all over the product and K: what L2 does not
+  // hold comes anew for every tile.
+  double bytes = bytes_of(s);
+  if (split && tiles > c.grid && bytes > gpu.l2_bytes / 2.0) {
+    bytes = 2.0 * tiles * blocks * tile.block_k * (tile.rows + tile.cols);
+  }
+  estimate(c, s, tiles, bytes, static_cast<double>(c.grid) / gpu.num_sms, gpu);
   return c;
 }
 

@@ -55,10 +55,12 @@ constexpr bool has_any_k(int cols) {
 }
 
 struct Bf16Shape {
-  int64_t m, n, k;     // of one matrix
-  bool any_k = false;  // groups of K, which may begin and end anywhere
-  int64_t batch = 1;   // products of this shape; GroupedBf16Shape counts its groups itself
-  int64_t summed = 1;  // pairs of matrices that a product is the sum of
+  int64_t m, n, k;       // of one matrix
+  int64_t shared_k = 0;  // groups of K, which may begin and end anywhere: what they divide, which
+                         // one of them may have alone; `k` is what each is expected to have
+  int64_t batch = 1;     // products of this shape; GroupedBf16Shape counts its groups itself
+  int64_t summed = 1;    // pairs of matrices that a product is the sum of
+  bool a_mn_major = false, b_mn_major = false;
 };
 
 using GroupedBf16Shape = Grouped<Bf16Shape>;

@@ -6,6 +6,7 @@
 
 #include "host/launch.h"
 #include "host/math.h"
+#include "host/split_launch.h"
 #include "host/tensor_map.h"
 
 namespace sm120 {
@@ -16,10 +17,12 @@ GemmInstance find_instance(const Bf16Operand& rows, const Bf16Operand& cols, int
   return cols.mn_major ? bf16_instance_k_mn(tile) : bf16_instance_k_k(tile);
 }
 
-CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k, int box_bytes) {
+CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k, int box_bytes,
+                     bool whole_atoms) {
   const int64_t group_stride = x.groups > 1 ? x.group_stride : 16;
   if (x.mn_major) {
-    return operand_map(x.data, x.groups, k, 2 * x.rows, group_stride, x.stride, block_k, box_bytes);
+    return lines_map(x.data, x.groups, k, 2 * x.rows, group_stride, x.stride, block_k, box_bytes,
+                     whole_atoms ? 2 * tile_rows / box_bytes : 0);
   }
   return operand_map(x.data, x.groups, x.rows, 2 * k, group_stride, x.stride, tile_rows, box_bytes);
 }
@@ -34,8 +37,8 @@ int64_t tile_bytes(const Bf16Config& config) {
   return 4ll * tile.rows * tile.cols;
 }
 
-int64_t partial_tiles(const Bf16Config& config) {
-  return config.split ? 2ll * config.grid : 0;
+int64_t handed_bytes(const Bf16Config& config) {
+  return config.split ? split_bytes(config.grid, tile_bytes(config)) : 0;
 }
 
 int64_t k_blocks(const Bf16Config& config, const Bf16Problem& problem) {
@@ -51,8 +54,8 @@ bool has_carry(const Bf16Config& config, const Bf16Problem& problem) {
 }  // namespace
 
 int64_t bf16_workspace_bytes(const Bf16Config& config, const Bf16Problem& problem) {
-  const int64_t tiles = partial_tiles(config) + (has_carry(config, problem) ? config.grid : 0);
-  return tiles * tile_bytes(config);
+  const int64_t carried = has_carry(config, problem) ? config.grid * tile_bytes(config) : 0;
+  return handed_bytes(config) + carried;
 }
 
 cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& problem, void* workspace,
@@ -65,8 +68,17 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   GemmParams p;
   std::memset(&p, 0, sizeof(p));
   if (k > 0) {
-    p.rows = data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes);
-    p.cols = data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes);
+    // Tiles of grouped tokens begin anywhere.
+    const auto whole = [&](const Bf16Operand& x, int box_bytes) {
+      const bool tokens = problem.schedule >= Schedule::kSegments && &x == &problem.a;
+      return x.mn_major && !tokens && 2 * x.rows % box_bytes == 0;
+    };
+    p.rows_whole_atoms = whole(rows, instance.rows_box_bytes);
+    p.cols_whole_atoms = whole(cols, instance.cols_box_bytes);
+    p.rows =
+        data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes, p.rows_whole_atoms);
+    p.cols =
+        data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes, p.cols_whole_atoms);
   }
   p.out = problem.out;
   p.groups = problem.groups;
@@ -74,12 +86,11 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   if (problem.schedule == Schedule::kSegments) {
     p.groups.step = std::min(p.groups.step, p.groups.alignment);
   }
-  p.workspace = static_cast<float*>(workspace);
   p.chain = std::numeric_limits<int32_t>::max();
   if (has_carry(config, problem)) {
     const int unit = problem.schedule == Schedule::kSpans ? tile.block_k : 1;
     p.chain = static_cast<int32_t>(chain_blocks(config) * unit);
-    p.carry = p.workspace + partial_tiles(config) * tile_bytes(config) / 4;
+    p.carry = static_cast<float*>(workspace) + handed_bytes(config) / 4;
   }
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
@@ -88,8 +99,9 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   p.k_blocks = static_cast<int32_t>(k_blocks(config, problem));
   p.matrix_blocks = static_cast<int32_t>(std::max<int64_t>(ceil_div(k, tile.block_k), 1));
   if (config.split) {
-    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
-    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+    const int64_t products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    set_split(p, products * p.row_tiles * p.col_tiles * p.k_blocks, config.grid, workspace,
+              tile_bytes(config));
   }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;

@@ -5,6 +5,7 @@
 
 #include "host/launch.h"
 #include "host/math.h"
+#include "host/split_launch.h"
 #include "host/tensor_map.h"
 
 namespace sm120 {
@@ -26,12 +27,15 @@ CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows, int box_wo
                    x.groups > 1 ? x.scale_group_stride : 4, x.scale_stride, box_rows, box_words);
 }
 
+int64_t tile_bytes(const GemmConfig& config) {
+  const GemmTile& tile = kGemmTiles[config.tile];
+  return 4ll * tile.rows * tile.cols;
+}
+
 }  // namespace
 
 int64_t gemm_workspace_bytes(const GemmConfig& config) {
-  if (!config.split) return 0;
-  const GemmTile& tile = kGemmTiles[config.tile];
-  return 2ll * config.grid * tile.rows * tile.cols * 4;
+  return config.split ? split_bytes(config.grid, tile_bytes(config)) : 0;
 }
 
 cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, void* workspace,
@@ -56,7 +60,6 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   if (problem.schedule == Schedule::kSegments) {
     p.groups.step = std::min(p.groups.step, p.groups.alignment);
   }
-  p.workspace = static_cast<float*>(workspace);
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
   p.rows_gran = ScaleGran(rows.gran_k, static_cast<int>(k));
@@ -65,14 +68,14 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   p.col_tiles = static_cast<int32_t>(ceil_div(cols.rows, tile.cols));
   p.k_blocks = static_cast<int32_t>(ceil_div(k, kBlockK));
   if (config.split) {
-    const int products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
-    p.total_blocks = static_cast<uint32_t>(p.row_tiles) * p.col_tiles * p.k_blocks * products;
+    const int64_t products = problem.schedule == Schedule::kBatch ? problem.groups.count : 1;
+    set_split(p, products * p.row_tiles * p.col_tiles * p.k_blocks, config.grid, workspace,
+              tile_bytes(config));
   }
   p.rows_grouped = rows.groups > 1;
   p.cols_grouped = cols.groups > 1;
   p.swapped = config.swapped;
   p.schedule = config.split ? Schedule::kSplit : problem.schedule;
-  // A split launch has a grid barrier.
   return launch_kernel(instance.kernel, config.grid, kGemmThreads, instance.smem_bytes,
                        config.split, stream, p);
 }

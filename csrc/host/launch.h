@@ -7,8 +7,8 @@ namespace sm120 {
 // Allows a kernel its dynamic shared memory on the current device; cheap after the first time.
 cudaError_t allow_smem(const void* kernel, int smem_bytes);
 
-// A cooperative launch may use grid_barrier(): all its CTAs run at once. Any other may be set up
-// while the kernel before it finishes (pdl_wait() in the kernel waits for that one's end).
+// A cooperative launch may have CTAs that wait for one another: all run at once. Any other may be
+// set up while the kernel before it finishes (pdl_wait() in the kernel waits for that one's end).
 cudaLaunchAttribute launch_attribute(bool cooperative);
 
 template <class Params>

@@ -35,10 +35,10 @@ struct Dimension {
 CUtensorMap encode(CUtensorMapDataType type, const void* data,
                    std::initializer_list<Dimension> list, CUtensorMapSwizzle swizzle) {
   static const Encode encoder = find_encoder();
-  constexpr int kMost = 3;
+  constexpr int kMost = 4;
   cuuint64_t sizes[kMost], strides[kMost];
   cuuint32_t box[kMost];
-  const cuuint32_t steps[kMost] = {1, 1, 1};
+  const cuuint32_t steps[kMost] = {1, 1, 1, 1};
   int rank = 0;
   for (const Dimension& d : list) {
     sizes[rank] = d.size;
@@ -90,6 +90,19 @@ CUtensorMap operand_map(const void* data, int64_t groups, int64_t rows, int64_t 
   return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data,
                 {{uint64_t(row_bytes), 0, uint32_t(box_bytes)},
                  {uint64_t(rows), uint64_t(stride), uint32_t(box_rows)},
+                 {uint64_t(groups), uint64_t(group_stride), 1}},
+                swizzle_of(box_bytes));
+}
+
+CUtensorMap lines_map(const void* data, int64_t groups, int64_t lines, int64_t line_bytes,
+                      int64_t group_stride, int64_t stride, int box_lines, int box_bytes,
+                      int box_atoms) {
+  const bool whole = box_atoms > 0;
+  return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data,
+                {{uint64_t(whole ? box_bytes : line_bytes), 0, uint32_t(box_bytes)},
+                 {uint64_t(lines), uint64_t(stride), uint32_t(box_lines)},
+                 {uint64_t(whole ? line_bytes / box_bytes : 1), uint64_t(box_bytes),
+                  uint32_t(whole ? box_atoms : 1)},
                  {uint64_t(groups), uint64_t(group_stride), 1}},
                 swizzle_of(box_bytes));
 }

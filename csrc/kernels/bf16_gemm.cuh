@@ -18,6 +18,9 @@
 
 namespace sm120 {
 
+// Each operand has a warp that copies it.
+inline constexpr int kCopyWarps = 2;
+
 // Operands by the layout of rows, then cols; the host indexes tables by it.
 enum class Bf16Majors { kKK, kKMn, kMnK, kMnMn };
 
@@ -25,9 +28,12 @@ template <int kRows, int kCols, int kWarpsDown, int kSliceCount, int kK, Bf16Maj
 struct Bf16Traits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols, kBlockK = kK;
   static constexpr int kSlices = kSliceCount, kSliceWarps = kMathWarps / kSlices;
-  static constexpr int kStoreThreads = kSliceWarps * kWarpSize;
   static constexpr int kWarpsAcross = kSliceWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
+  // Two slices share what follows the sum over K, half of a warp's rows each.
+  static constexpr bool kHalves = kSlices == 2 && MT == 4;
+  static constexpr int kStoreRows = kHalves ? MT / 2 : MT;  // fragments of a warp, at the end
+  static constexpr int kStoreThreads = kHalves ? kMathThreads : kSliceWarps * kWarpSize;
   static constexpr Access kColAccess = Access::kPlain;
   static constexpr bool kHeadSplit = false;
   static constexpr bool kChains = has_chains(kCols, kSliceCount);
@@ -58,16 +64,17 @@ struct Bf16Traits {
   static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
 
   // A slice's sums go through the stage it used last, so many 16-row fragments a round.
-  static constexpr int kRoundFragments = kSlices == 1 || MT * kSliceWarps * NT * 512 <= kStageBytes
-                                             ? MT
-                                         : MT / 2 * kSliceWarps * NT * 512 <= kStageBytes ? MT / 2
-                                                                                          : MT / 4;
+  static constexpr int kFragmentsBytes = kSliceWarps * NT * 512;
+  static constexpr int kRoundFragments =
+      kSlices == 1 || kStoreRows * kFragmentsBytes <= kStageBytes ? kStoreRows
+      : kStoreRows / 2 * kFragmentsBytes <= kStageBytes           ? kStoreRows / 2
+                                                                  : kStoreRows / 4;
 
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 * kSlices && kStages <= kGemmThreads);
   static_assert((kSlices & (kSlices - 1)) == 0 && (kK == 32 || kK == 64));
   static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
   static_assert(kRoundFragments >= 1 &&
-                (kSlices == 1 || kRoundFragments * kSliceWarps * NT * 512 <= kStageBytes));
+                (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kStageBytes));
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
 };
 
@@ -80,7 +87,7 @@ struct Bf16Ring {
   __device__ uint32_t cols() const { return rows() + T::kRowsBytes; }
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
-  __device__ uint32_t cut() const { return base + T::kCutAt; }
+  __device__ uint32_t cut(bool of_cols) const { return base + T::kCutAt + 8 * of_cols; }
   // To the slice's next stage; kStages is a multiple of kSlices.
   __device__ __forceinline__ void next_of_slice() {
     at.stage += T::kSlices;
@@ -90,16 +97,19 @@ struct Bf16Ring {
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of the K-block that begins at k.
+// One operand's tile of the K-block that begins at k. MN-major: in one copy where the matrix is
+// made of whole atoms, or else atom by atom.
 template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int k, int row, int group) {
+                                             int k, int row, int group, bool whole_atoms) {
   if constexpr (kMajor == Major::kK) {
     tma_load_3d(dst, map, full, 2 * k, row, group);
+  } else if (whole_atoms) {
+    tma_load_4d(dst, map, full, 0, k, row / kAtom, group);
   } else {
 #pragma unroll
     for (int first = 0; first < kRows; first += kAtom) {
-      tma_load_3d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, group);
+      tma_load_4d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, 0, group);
     }
   }
 }
@@ -129,38 +139,47 @@ __device__ __forceinline__ int k_blocks_of(const GemmParams& p, const Tile& tile
   return is_in_k<T>(p) ? (units + T::kBlockK - 1) / T::kBlockK : units;
 }
 
-// One thread copies. Where groups divide K at any k, its whole warp takes part: what the last
-// K-block of a group has of the next group is overwritten with zeros before the math warps see it.
-template <class T>
+// One thread copies an operand. Where groups divide K at any k, its whole warp takes part: what the
+// last K-block of a group has of the next group is overwritten with zeros before the math warps see
+// it.
+template <class T, bool kCols>
 __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, TileQueue<T> queue) {
+  constexpr Major kMajor = kCols ? T::kColsMajor : T::kRowsMajor;
+  constexpr int kExtent = kCols ? T::kBlockCols : T::kBlockRows;
+  constexpr int kAtom = kCols ? T::kColsAtom : T::kRowsAtom;
+  constexpr int kBytes = kCols ? T::kColsBytes : T::kRowsBytes;
+  const CUtensorMap* map = kCols ? &p.cols : &p.rows;
+  const bool grouped = kCols ? p.cols_grouped : p.rows_grouped;
+  const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
     // Where the product is summed over the groups too, their K-blocks follow one another.
-    int group = in_k ? tile.group : tile.group + tile.k_begin / p.matrix_blocks;
-    int k = in_k ? tile.k_begin : tile.k_begin % p.matrix_blocks * T::kBlockK;
+    int group = tile.group, first = tile.k_begin;
+    if (!in_k && first >= p.matrix_blocks) {
+      group += first / p.matrix_blocks, first %= p.matrix_blocks;
+    }
+    int k = in_k ? first : first * T::kBlockK;
 #pragma unroll 1
     for (int left = k_blocks_of<T>(p, tile); left > 0; --left) {
       const bool cut = in_k && k + T::kBlockK > tile.k_end;
-      const uint32_t full = cut ? ring.cut() : ring.full();
+      const uint32_t full = cut ? ring.cut(kCols) : ring.full();
+      const uint32_t dst = kCols ? ring.cols() : ring.rows();
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       if (copies) {
-        mbarrier_expect_tx(full, T::kStageBytes);
-        load_operand<T::kRowsMajor, T::kBlockK, T::kBlockRows, T::kRowsAtom>(
-            ring.rows(), &p.rows, full, k, tile.row, p.rows_grouped ? group : 0);
-        load_operand<T::kColsMajor, T::kBlockK, T::kBlockCols, T::kColsAtom>(
-            ring.cols(), &p.cols, full, k, tile.col, p.cols_grouped ? group : 0);
+        mbarrier_expect_tx(full, kBytes);
+        load_operand<kMajor, T::kBlockK, kExtent, kAtom>(
+            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_atoms);
       }
       if constexpr (T::kAnyK) {
         if (cut) {
           mbarrier_wait(full, cut_parity);
           cut_parity ^= 1;
-          cut_lines<T::kBlockK, T::kBlockRows, T::kRowsAtom>(ring.rows(), tile.k_end - k);
-          cut_lines<T::kBlockK, T::kBlockCols, T::kColsAtom>(ring.cols(), tile.k_end - k);
+          cut_lines<T::kBlockK, kExtent, kAtom>(dst, tile.k_end - k);
           release_stage(ring.full());
         }
       }
@@ -249,24 +268,26 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
 // A tile's sums of the chains of MMAs so far, kept by the thread that has them.
 template <class T>
 __device__ __forceinline__ float4* carried_fragment(const GemmParams& p, int fragment) {
-  constexpr int kVectors = T::MT * T::NT * T::kStoreThreads;
+  constexpr int kVectors = T::kStoreRows * T::NT * T::kStoreThreads;
   const uint32_t mine = opaque(blockIdx.x * kVectors + threadIdx.x);  // no earlier than here
   return reinterpret_cast<float4*>(p.carry) + mine + fragment * T::kStoreThreads;
 }
 
 template <class T>
-__device__ __forceinline__ void put_away(const GemmParams& p, const float (&acc)[T::MT][T::NT][4]) {
+__device__ __forceinline__ void put_away(const GemmParams& p,
+                                         const float (&acc)[T::kStoreRows][T::NT][4]) {
 #pragma unroll
-  for (int f = 0; f < T::MT * T::NT; ++f) {
+  for (int f = 0; f < T::kStoreRows * T::NT; ++f) {
     const float (&v)[4] = acc[f / T::NT][f % T::NT];
     *carried_fragment<T>(p, f) = make_float4(v[0], v[1], v[2], v[3]);
   }
 }
 
 template <class T>
-__device__ __forceinline__ void add_carried(const GemmParams& p, float (&acc)[T::MT][T::NT][4]) {
+__device__ __forceinline__ void add_carried(const GemmParams& p,
+                                            float (&acc)[T::kStoreRows][T::NT][4]) {
 #pragma unroll
-  for (int f = 0; f < T::MT * T::NT; ++f) {
+  for (int f = 0; f < T::kStoreRows * T::NT; ++f) {
     add_from(acc[f / T::NT][f % T::NT], carried_fragment<T>(p, f));
   }
 }
@@ -283,34 +304,46 @@ class Slices {
     return count(WarpPlace<T>::now().slice);
   }
 
-  // Adds all slices' sums into slice 0's. Every math thread must call it. The stage a slice used
-  // last is still its own (a slice without blocks has none and adds nothing); it is given back.
+  // Adds the slices' sums: all of them into slice 0's, or with kHalves half of them into each
+  // slice's first kStoreRows fragments. Every math thread must call it. The stage a slice used last
+  // is still its own (a slice without blocks has none and adds nothing); it is given back.
   __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], Bf16Ring<T>& ring) {
-    if constexpr (T::kSlices > 1) {
-      const int slice = WarpPlace<T>::now().slice;
-      const int thread = threadIdx.x % T::kStoreThreads;
+    const int slice = WarpPlace<T>::now().slice;
+    constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;  // first fragment to be given away
+    if constexpr (T::kHalves) {
 #pragma unroll
-      for (int i0 = 0; i0 < T::MT; i0 += T::kRoundFragments) {
+      for (int x = 0; x < kGiven * T::NT * 4; ++x) {
+        float& low = acc[x / 4 / T::NT][x / 4 % T::NT][x % 4];
+        float& high = acc[kGiven + x / 4 / T::NT][x / 4 % T::NT][x % 4];
+        const float own = slice > 0 ? high : low, other = slice > 0 ? low : high;
+        low = own, high = other;
+      }
+    }
+    if constexpr (T::kSlices > 1) {
+      const int thread = threadIdx.x % (T::kSliceWarps * kWarpSize);
+#pragma unroll
+      for (int i0 = 0; i0 < T::kStoreRows; i0 += T::kRoundFragments) {
         // All reads of the stages as operands, and of the round before, are over.
         named_barrier<1, kMathThreads>();
-        if (slice > 0 && count(slice) > 0) {
+        if ((T::kHalves || slice > 0) && count(slice) > 0) {
           float4* mine = scratch(ring.base, slice) + thread;
 #pragma unroll
           for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
-            const float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
-            mine[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+            const float (&v)[4] = acc[kGiven + i0 + f / T::NT][f % T::NT];
+            mine[f * T::kSliceWarps * kWarpSize] = make_float4(v[0], v[1], v[2], v[3]);
           }
         }
         named_barrier<1, kMathThreads>();
-        if (slice > 0) continue;
+        if (!T::kHalves && slice > 0) continue;
 #pragma unroll 1
-        for (int other = 1; other < T::kSlices; ++other) {
+        for (int x = 1; x < T::kSlices; ++x) {
+          const int other = slice ^ x;
           if (count(other) <= 0) continue;
-          const float4* sums = scratch(ring.base, other) + thread;
+          const float4* theirs = scratch(ring.base, other) + thread;
 #pragma unroll
           for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
             float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
-            const float4 add = sums[f * T::kStoreThreads];
+            const float4 add = theirs[f * T::kSliceWarps * kWarpSize];
             v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
           }
         }
@@ -347,12 +380,13 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
   if (threadIdx.x < T::kStages) {
-    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, 1);
+    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, kCopyWarps);
     mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, T::kSliceWarps);
     mbarrier_init_fence();
   } else if (threadIdx.x == kMathThreads) {
-    queue.init_barriers();
-    mbarrier_init(ring.cut(), 1);
+    queue.init_barriers(kMathWarps + kCopyWarps);
+    mbarrier_init(ring.cut(false), 1);
+    mbarrier_init(ring.cut(true), 1);
     mbarrier_init_fence();
     if (p.k_blocks > 0) {  // else there are no maps
       tma_prefetch_map(&p.rows);
@@ -366,37 +400,35 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   if (warp >= kMathWarps) {
     shrink_registers<T::kProducerRegisters>();
     if (warp == kMathWarps) schedule<T>(p, queue);
-    if (warp == kMathWarps + 1 && (T::kAnyK || lane_id() == 0)) produce<T>(p, ring, queue);
-    if (p.schedule == Schedule::kSplit) grid_barrier();
+    if (T::kAnyK || lane_id() == 0) {
+      if (warp == kMathWarps + 1) produce<T, false>(p, ring, queue);
+      if (warp == kMathWarps + 2) produce<T, true>(p, ring, queue);
+    }
     return;
   }
 
   grow_registers<T::kMathRegisters>();
   ring.at.stage = WarpPlace<T>::now().slice;
   Slices<T> slices;
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
-    Tile tile = queue.read();
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
+    const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     accumulate<T>(slices.begin(k_blocks_of<T>(p, tile)), ring, acc);
     slices.combine(acc, ring);
-    tile = queue.read();  // again, rather than in registers all the while
+    auto& sums = reinterpret_cast<float (&)[T::kStoreRows][T::NT][4]>(acc);
     const WarpPlace<T> at = WarpPlace<T>::now();
-    if (at.slice == 0) {
-      if (T::kChains && tile.chain & kCarried) add_carried<T>(p, acc);
-      if (T::kChains && tile.chain & kMore) {
-        put_away<T>(p, acc);
+    if (T::kHalves || at.slice == 0) {
+      const int chain = T::kChains ? queue.read().chain : 0;
+      if (chain & kCarried) add_carried<T>(p, sums);
+      if (chain & kMore) {
+        put_away<T>(p, sums);
       } else {
-        store_tile<T>(p, tile, acc, at.row, at.col);
+        store_tile<T>(p, queue, sums, at.row + at.slice * T::kStoreRows * 16, at.col);
       }
     }
     release_stage(queue.empty());
-  }
-  if (p.schedule == Schedule::kSplit) {
-    grid_barrier();
-    const WarpPlace<T> at = WarpPlace<T>::now();
-    if (at.slice == 0) reduce_partials<T>(p, at.row, at.col);
   }
 }
 

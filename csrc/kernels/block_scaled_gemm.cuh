@@ -111,8 +111,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
     }
-    queue.init_barriers();
+    queue.init_barriers(kMathWarps + 1);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -290,7 +290,6 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     shrink_registers<40>();
     if (warp == kMathWarps) schedule<T>(p, queue);
     if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
-    if (p.schedule == Schedule::kSplit) grid_barrier();
     return;
   }
 
@@ -299,9 +298,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   // Once for the main loop and once for the stores.
   const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
-  for (;; queue.slot.advance()) {
-    mbarrier_wait(queue.full(), queue.slot.parity);
-    Tile tile = queue.read();
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
+    const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     if (p.rows_gran.per_block && p.cols_gran.per_block) {
@@ -313,14 +312,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     }
     if constexpr (T::kDeep > 1) combine_slices<T>(ring.base, acc, slice);
     if (slice == 0) {
-      tile = queue.read();  // again, rather than in registers all the while
-      store_tile<T>(p, tile, acc, warp_row, warp_col);
+      store_tile<T>(p, queue, acc, warp_row, warp_col);
     }
     mbarrier_arrive_of_warp(queue.empty());  // what was read has been used by now
-  }
-  if (p.schedule == Schedule::kSplit) {
-    grid_barrier();
-    if (slice == 0) reduce_partials<T>(p, warp_row, warp_col);
   }
 }
 

@@ -8,28 +8,28 @@
 
 namespace sm120 {
 
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
 // Where a tile's sums go: its group's matrices in D and C, and where the product's rows and columns
 // end.
 struct Store {
   const GemmOutput& out;
   bool swapped;
-  int row_end, col_end;
-  int64_t d_group, c_group;  // elements
+  int row_end, col_end, group;
 
   __device__ Store(const GemmParams& p, const Tile& tile)
       : out(p.out),
         swapped(p.swapped),
         row_end(tile.row_end),
         col_end(tile.col_end),
-        d_group(tile.group * p.out.d_group_stride),
-        c_group(tile.group * p.out.c_group_stride) {}
+        group(tile.group) {}
+
+  template <class TOut>
+  __device__ TOut* d() const {
+    return static_cast<TOut*>(out.d) + group * out.d_group_stride;
+  }
+  template <class TOut>
+  __device__ const TOut* c() const {
+    return static_cast<const TOut*>(out.c) + group * out.c_group_stride;
+  }
 };
 
 template <bool kHeadSplit>
@@ -40,15 +40,15 @@ __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
   return n + (static_cast<int64_t>(head) + right) * out.mid;
 }
 
-// Element by element, for any alignment, edge and orientation. (row, col) in the MMA's product.
-template <Access kColAccess, bool kHeadSplit, class TOut, int MT, int NT>
-__device__ __forceinline__ void store_elements(const Store& to, const float (&acc)[MT][NT][4],
-                                               int row, int col) {
-  const GemmOutput& out = to.out;
+// Calls visit(element offset in D or C, fragment element) for the product's elements that a warp
+// has, given the strides of that matrix. (row, col) in the MMA's product.
+template <Access kColAccess, bool kHeadSplit, int MT, int NT, class Visit>
+__device__ __forceinline__ void for_elements(const Store& to, int64_t stride,
+                                             float (&acc)[MT][NT][4], int row, int col,
+                                             const Visit& visit) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   // Elements between neighbours of the product, where there is no head split.
-  const int64_t d_down = to.swapped ? 1 : out.d_stride, d_across = to.swapped ? out.d_stride : 1;
-  const int64_t c_down = to.swapped ? 1 : out.c_stride, c_across = to.swapped ? out.c_stride : 1;
+  const int64_t down = to.swapped ? 1 : stride, across = to.swapped ? stride : 1;
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
 #pragma unroll
@@ -58,23 +58,37 @@ __device__ __forceinline__ void store_elements(const Store& to, const float (&ac
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int first = col + fragment_column<kColAccess>(2 * t + e);
-        TOut* d = static_cast<TOut*>(out.d) + to.d_group + m * d_down + first * d_across;
-        const TOut* c =
-            static_cast<const TOut*>(out.c) + to.c_group + m * c_down + first * c_across;
+        int64_t at = m * down + first * across;
 #pragma unroll
-        for (int j = 0; j < NT; ++j, d += 8 * d_across, c += 8 * c_across) {
+        for (int j = 0; j < NT; ++j, at += 8 * across) {
           const int n = first + 8 * j;
           if (n >= to.col_end) continue;
           // A head split moves columns of D and C: rows of a swapped product.
           const int column = to.swapped ? m : n;
-          const int64_t moved = output_column<kHeadSplit>(out, column) - column;
-          float value = acc[i][j][2 * h + e];
-          if (out.c) value += to_float(c[moved]);
-          d[moved] = TOut(value);
+          visit(at + output_column<kHeadSplit>(to.out, column) - column, acc[i][j][2 * h + e]);
         }
       }
     }
   }
+}
+
+template <Access kColAccess, bool kHeadSplit, int MT, int NT>
+__device__ __forceinline__ void add_c(const Store& to, float (&acc)[MT][NT][4], int row, int col) {
+  const auto* c32 = to.c<float>();
+  const auto* c16 = to.c<__nv_bfloat16>();
+  const bool fp32 = to.out.fp32;
+  for_elements<kColAccess, kHeadSplit>(
+      to, to.out.c_stride, acc, row, col,
+      [=](int64_t at, float& v) { v += fp32 ? c32[at] : __bfloat162float(c16[at]); });
+}
+
+// Element by element, for any alignment, edge and orientation.
+template <Access kColAccess, bool kHeadSplit, class TOut, int MT, int NT>
+__device__ __forceinline__ void store_elements(const Store& to, float (&acc)[MT][NT][4], int row,
+                                               int col) {
+  TOut* d = to.d<TOut>();
+  for_elements<kColAccess, kHeadSplit>(to, to.out.d_stride, acc, row, col,
+                                       [d](int64_t at, float& v) { d[at] = TOut(v); });
 }
 
 // 16-byte stores for whole, aligned tiles: each lane brings two columns of four fragments and, for
@@ -101,13 +115,8 @@ __device__ __forceinline__ void store_vectors(const Store& to, const float (&acc
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           v[j] = {acc[i][j0 + j][2 * h], acc[i][j0 + j][2 * h + 1]};
-          if (out.c && valid) {
-            const TOut* c =
-                static_cast<const TOut*>(out.c) + to.c_group + m * out.c_stride + pair_col[j];
-            v[j].x += to_float(c[0]), v[j].y += to_float(c[1]);
-          }
         }
-        TOut* d = static_cast<TOut*>(out.d) + to.d_group + m * out.d_stride;
+        TOut* d = to.d<TOut>() + m * out.d_stride;
         if constexpr (sizeof(TOut) == 4) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -140,43 +149,35 @@ __device__ __forceinline__ void store_vectors_swapped(const Store& to,
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int i0 = 0; i0 < MT; i0 += 2) {  // 32 rows of the product: 32 columns of D
-    int64_t c_col[4];
-#pragma unroll
-    for (int x = 0; x < 4; ++x)
-      c_col[x] = output_column<kHeadSplit>(out, row + 16 * i0 + 8 * x + g);
     const int64_t vector_col = output_column<kHeadSplit>(out, row + 16 * i0 + 8 * t);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       uint32_t packed[4];
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        float2 v = {acc[i0 + x / 2][j][x % 2 * 2], acc[i0 + x / 2][j][x % 2 * 2 + 1]};
-        if (out.c) {
-          const auto* c = static_cast<const __nv_bfloat16*>(out.c) + to.c_group + c_col[x];
-          const int m = col + 8 * j, m0 = m + fragment_column<kColAccess>(2 * t);
-          const int m1 = m + fragment_column<kColAccess>(2 * t + 1);
-          if (m0 < to.col_end) v.x += to_float(c[m0 * out.c_stride]);
-          if (m1 < to.col_end) v.y += to_float(c[m1 * out.c_stride]);
-        }
+        const float2 v = {acc[i0 + x / 2][j][x % 2 * 2], acc[i0 + x / 2][j][x % 2 * 2 + 1]};
         const __nv_bfloat162 pair = __floats2bfloat162_rn(v.x, v.y);
         packed[x] = transpose_8x8(reinterpret_cast<const uint32_t&>(pair));
       }
       quad_transpose(packed, t);
       const int m = col + 8 * j + fragment_column<kColAccess>(g);
       if (m < to.col_end) {
-        auto* d = static_cast<__nv_bfloat16*>(out.d) + to.d_group + m * out.d_stride + vector_col;
+        auto* d = to.d<__nv_bfloat16>() + m * out.d_stride + vector_col;
         *reinterpret_cast<uint4*>(d) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
     }
   }
 }
 
-// A warp's fragments, (row, col) from the tile's corner. Without kHeadSplit D has none.
+// A warp's fragments, (row, col) from the tile's corner. Without kHeadSplit D has none. C is added
+// in a pass of its own, so that the code without it, which a small product fetches from a cold
+// cache, is short.
 template <Access kColAccess, bool kHeadSplit, int MT, int NT>
 __device__ __forceinline__ void store_fragments(const GemmParams& p, const Tile& tile,
-                                                const float (&acc)[MT][NT][4], int row, int col) {
+                                                float (&acc)[MT][NT][4], int row, int col) {
   const Store to(p, tile);
   row += tile.row, col += tile.col;
+  if (to.out.c) add_c<kColAccess, kHeadSplit>(to, acc, row, col);
   if constexpr (MT % 2 == 0) {
     if (to.out.vector && to.swapped && !to.out.fp32 && row + 16 * MT <= to.row_end) {
       return store_vectors_swapped<kColAccess, kHeadSplit>(to, acc, row, col);

@@ -81,7 +81,9 @@ struct GemmParams {
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
   GemmOutput out;
   GemmGroups groups;
-  float* workspace;            // kSplit: [2 * grid, block_rows * block_cols] partial sums
+  float* workspace;            // kSplit: [grid, block_rows * block_cols] sums handed over
+  uint64_t* flags;             // kSplit: [grid, kMathWarps], `token` when a warp has handed over
+  uint64_t token;              // kSplit: a value that uninitialised memory does not have
   int32_t num_rows, num_cols;  // of one matrix
   ScaleGran rows_gran, cols_gran;
   int32_t row_tiles, col_tiles, k_blocks;
@@ -90,8 +92,10 @@ struct GemmParams {
   int32_t chain;          // BF16: how much of K, in a Tile's units, a chain of MMAs adds up; longer
                           // sums go through carry
   float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
-  uint32_t total_blocks;  // kSplit: row_tiles * col_tiles * k_blocks, of all groups
-  bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
+  int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
+                                        // ranges have one more
+  bool rows_whole_atoms, cols_whole_atoms;  // BF16, MN-major: how the map sees the operand
+  bool rows_grouped, cols_grouped;          // the operand has a matrix for each group
   bool swapped;
   Schedule schedule;
 };
@@ -102,9 +106,13 @@ struct Tile {
   int32_t row_end, col_end;  // where the rows and columns to be stored end
   int32_t k_begin, k_end;    // K-blocks; kSpans: k
   int32_t group;             // matrix of grouped operands and of D; negative: there is no tile
-  int16_t partial;           // workspace slot of the CTA (0, 1) if it holds part of K, else -1
+  int16_t others;            // kSplit: how many CTAs after this one hold the rest of K, or
+                             // kHandedOver; 0: all of K is here
   int16_t chain;             // bits kCarried, kMore
 };
+
+// Part of a tile whose sums another CTA adds and stores.
+inline constexpr int16_t kHandedOver = -1;
 
 // A Tile may be one of several chains of MMAs that follow each other: there were others before it,
 // whose sums it adds; it is not the last.

@@ -1,77 +1,93 @@
 // What becomes of a tile's sums, whole or a part of K. Serves every GEMM kernel: its Traits name
-// the tile (kBlockRows, kBlockCols), a warp's fragments (MT, NT), the order of fragment columns
-// (kColAccess), whether D may have a head split (kHeadSplit) and the threads, from 0 on, that hold
-// sums (kStoreThreads).
+// the tile (kBlockRows, kBlockCols), the order of fragment columns (kColAccess), whether D may have
+// a head split (kHeadSplit) and the threads, from 0 on, that hold sums (kStoreThreads).
+//
+// Of a tile that was cut, the CTA with the first K-block waits for the others' sums, adds them to
+// its own in the order of K (so the result does not depend on timing) and stores. All CTAs of a
+// split run at once: it is a cooperative launch. A warp waits for its like in the other CTAs alone,
+// by flags that nobody has to clear beforehand: raised, a flag has the launch's token, 64 bits that
+// memory does not hold by chance; and who has seen it takes it down, so that the token of a graph's
+// replay before is not found either.
 #pragma once
+#include "device/flag.cuh"
+#include "device/warp.cuh"
 #include "kernels/epilogue.cuh"
 #include "kernels/gemm.h"
-#include "kernels/tile_scheduler.cuh"
+#include "kernels/tile_queue.cuh"
 
 namespace sm120 {
 
-// Workspace layout: [2 * CTA + slot][fragment][thread] float4, so that a thread finds its own
-// fragments again.
-template <class T>
-__device__ __forceinline__ float4* partial_fragment(const GemmParams& p, int cta, int slot,
-                                                    int fragment) {
-  const int64_t tile_vectors = static_cast<int64_t>(T::MT) * T::NT * T::kStoreThreads;
-  return reinterpret_cast<float4*>(p.workspace) + (2ll * cta + slot) * tile_vectors +
-         fragment * T::kStoreThreads + threadIdx.x;
+// Workspace layout: [CTA][fragment][thread] float4, so that a thread finds its own fragments
+// again.
+template <class T, int kFragments>
+__device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int cta) {
+  return reinterpret_cast<float4*>(p.workspace) +
+         static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + threadIdx.x;
 }
 
-// What a warp has of a tile: to D, or its part of K to the workspace.
-template <class T>
-__device__ __forceinline__ void store_tile(const GemmParams& p, const Tile& tile,
-                                           const float (&acc)[T::MT][T::NT][4], int warp_row,
-                                           int warp_col) {
-  if (tile.partial < 0) {
-    store_fragments<T::kColAccess, T::kHeadSplit>(p, tile, acc, warp_row, warp_col);
-    return;
-  }
-#pragma unroll
-  for (int f = 0; f < T::MT * T::NT; ++f) {
-    const float (&v)[4] = acc[f / T::NT][f % T::NT];
-    *partial_fragment<T>(p, blockIdx.x, tile.partial, f) = make_float4(v[0], v[1], v[2], v[3]);
-  }
+__device__ __forceinline__ uint64_t* flag_of_warp(const GemmParams& p, int cta) {
+  return p.flags + cta * kMathWarps + threadIdx.x / kWarpSize;
 }
 
-// After the grid barrier: every 16-row slice of a tile that was cut is summed in CTA order (so the
-// result does not depend on timing) and stored.
-template <class T>
-__device__ __forceinline__ void reduce_partials(const GemmParams& p, int warp_row, int warp_col) {
-  const int slices = p.total_blocks / p.k_blocks * T::MT;
-  for (int slice = blockIdx.x; slice < slices; slice += gridDim.x) {
-    const int index = slice / T::MT, i = slice % T::MT;
-    const int first = TileScheduler<T>::owner(p, index * p.k_blocks);
-    const int last = TileScheduler<T>::owner(p, index * p.k_blocks + p.k_blocks - 1);
-    if (first == last) continue;  // one CTA had all of K and stored it already
-    float sum[1][T::NT][4] = {};
-    // CTAs whose parts are loaded together: latency counts here, not bandwidth.
-    constexpr int kAtOnce = 4;
-    for (int cta0 = first; cta0 <= last; cta0 += kAtOnce) {
-      float4 part[kAtOnce][T::NT];
+template <class T, int MT, int NT>
+__device__ __forceinline__ void hand_over(const GemmParams& p, const float (&acc)[MT][NT][4]) {
+  float4* to = handed_fragments<T, MT * NT>(p, blockIdx.x);
 #pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int cta = min(cta0 + c, last);
-        const int slot = TileScheduler<T>::slot_of(p, cta, index);
+  for (int f = 0; f < MT * NT; ++f) {
+    const float (&v)[4] = acc[f / NT][f % NT];
+    to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  raise_flags(lane_id() == 0, flag_of_warp(p, blockIdx.x), p.token);
+}
+
+// Adds what the `others` CTAs after this one have handed over.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void add_others(const GemmParams& p, int others,
+                                           float (&acc)[MT][NT][4]) {
+  constexpr int kFragments = MT * NT;
+  take_flags(flag_of_warp(p, blockIdx.x + 1), kMathWarps, others, p.token);
+  const float4* from = handed_fragments<T, kFragments>(p, blockIdx.x + 1);
+  // CTAs whose sums are loaded together: latency counts here, not bandwidth.
+  constexpr int kAtOnce = kFragments < 16 ? 16 / kFragments : 1;
+#pragma unroll 1
+  for (; others > 0; others -= kAtOnce, from += kAtOnce * kFragments * T::kStoreThreads) {
+    if constexpr (kAtOnce == 1) {
 #pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          part[c][j] = *partial_fragment<T>(p, cta, slot, i * T::NT + j);
-        }
+      for (int f = 0; f < kFragments; ++f) {
+        add_from(acc[f / NT][f % NT], from + f * T::kStoreThreads);
+      }
+    } else {
+      float4 part[kAtOnce][kFragments];
+#pragma unroll
+      for (int x = 0; x < kAtOnce * kFragments; ++x) {
+        const int cta = min(x / kFragments, others - 1);
+        part[x / kFragments][x % kFragments] =
+            from[(cta * kFragments + x % kFragments) * T::kStoreThreads];
       }
 #pragma unroll
       for (int c = 0; c < kAtOnce; ++c) {
-        if (cta0 + c > last) break;
+        if (c >= others) break;
 #pragma unroll
-        for (int j = 0; j < T::NT; ++j) {
-          sum[0][j][0] += part[c][j].x, sum[0][j][1] += part[c][j].y;
-          sum[0][j][2] += part[c][j].z, sum[0][j][3] += part[c][j].w;
+        for (int f = 0; f < kFragments; ++f) {
+          float (&v)[4] = acc[f / NT][f % NT];
+          const float4& add = part[c][f];
+          v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
         }
       }
     }
-    const Tile tile = TileScheduler<T>::whole_tile(p, index);
-    store_fragments<T::kColAccess, T::kHeadSplit>(p, tile, sum, warp_row + 16 * i, warp_col);
   }
+}
+
+// What a warp has of the tile at the queue's head: to D, or its part of K to the CTA that stores
+// the tile. The tile is read anew where it is needed, rather than kept in registers beside the
+// sums.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void store_tile(const GemmParams& p, const TileQueue<T>& queue,
+                                           float (&acc)[MT][NT][4], int warp_row, int warp_col) {
+  const int others = queue.read().others;
+  if (others == kHandedOver) return hand_over<T>(p, acc);
+  if (others > 0) add_others<T>(p, others, acc);
+  store_fragments<T::kColAccess, T::kHeadSplit>(p, queue.read(), acc, warp_row, warp_col);
 }
 
 }  // namespace sm120

@@ -11,33 +11,36 @@ inline constexpr int kTileBytes = sizeof(Tile), kTileSlots = 4;
 inline constexpr int kQueueBytes = kTileSlots * (kTileBytes + 16);  // tiles | full | empty
 static_assert(kTileBytes % 16 == 0);
 
-// Position of one role in the queue, which one warp fills and nine read: the copying one and those
-// that multiply.
+// Position of one role in the queue, which one warp fills and others read: those that copy and
+// those that multiply.
 template <class Traits>
 struct TileQueue {
   static constexpr int kFullAt = Traits::kQueueAt + kTileSlots * kTileBytes;
   static constexpr int kEmptyAt = kFullAt + 8 * kTileSlots;
   static_assert(Traits::kQueueAt % 16 == 0);
 
-  RingState<kTileSlots> slot;
-  uint32_t base;  // shared-memory address of the kernel's map
+  uint32_t count = 0;  // of tiles so far: one register instead of RingState's two
+  uint32_t base;       // shared-memory address of the kernel's map
 
-  __device__ uint32_t full() const { return base + kFullAt + 8 * slot.stage; }
-  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * slot.stage; }
-  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot.stage; }
+  static_assert((kTileSlots & (kTileSlots - 1)) == 0);
+  __device__ uint32_t slot() const { return count % kTileSlots; }
+  __device__ uint32_t parity() const { return count / kTileSlots % 2; }
+  __device__ uint32_t full() const { return base + kFullAt + 8 * slot(); }
+  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * slot(); }
+  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot(); }
 
   // By one thread, before all others use it.
-  __device__ void init_barriers() const {
+  __device__ void init_barriers(int readers) const {
     for (int s = 0; s < kTileSlots; ++s) {
       mbarrier_init(base + kFullAt + 8 * s, 1);
-      mbarrier_init(base + kEmptyAt + 8 * s, kMathWarps + 1);
+      mbarrier_init(base + kEmptyAt + 8 * s, readers);
     }
   }
 
   __device__ void write(const Tile& t) const {
     sts128(tile(), make_int4(t.row, t.col, t.row_end, t.col_end));
     sts128(tile() + 16,
-           make_int4(t.k_begin, t.k_end, t.group, (t.partial & 0xffff) | t.chain << 16));
+           make_int4(t.k_begin, t.k_end, t.group, (t.others & 0xffff) | t.chain << 16));
   }
   __device__ Tile read() const {
     const int4 place = lds128(tile()), work = lds128(tile() + 16);
@@ -68,11 +71,11 @@ __device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue
         tile.chain |= tile.k_end < k_end ? kMore : 0;
       }
       if (lane_id() == 0) {
-        mbarrier_wait(queue.empty(), queue.slot.parity ^ 1);
+        mbarrier_wait(queue.empty(), queue.parity() ^ 1);
         queue.write(tile);
         mbarrier_arrive(queue.full());
       }
-      queue.slot.advance();
+      ++queue.count;
       tile.k_begin = tile.k_end, tile.chain = kCarried;
     } while (T::kChains && tile.k_begin < k_end);
   } while (tile.group >= 0);

@@ -6,7 +6,7 @@
 
 namespace sm120 {
 
-inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, -1, 0};
+inline constexpr Tile kNoTile = {0, 0, 0, 0, 0, 0, -1, 0, 0};
 
 // One product or a batch: whole tiles round-robin over a persistent grid; or, for few tiles with
 // long K (kSplit), the K-blocks of all tiles laid end to end and cut into gridDim.x equal ranges,
@@ -34,29 +34,12 @@ class TileScheduler {
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
     Tile tile;
-    tile.group = index / tiles, tile.partial = -1, tile.chain = 0;
+    tile.group = index < tiles ? 0 : index / tiles, tile.others = 0, tile.chain = 0;
     place(index - tile.group * tiles, p.row_tiles, p.col_tiles, tile.row, tile.col);
     tile.row *= T::kBlockRows, tile.col *= T::kBlockCols;
     tile.row_end = p.num_rows, tile.col_end = p.num_cols;
     tile.k_begin = 0, tile.k_end = p.k_blocks;
     return tile;
-  }
-
-  // First K-block (over all tiles) of a CTA's range. 32-bit: the host splits only where
-  // p.total_blocks * (gridDim.x + 1) fits.
-  static __device__ __forceinline__ int range_begin(const GemmParams& p, int cta) {
-    return static_cast<uint32_t>(cta) * p.total_blocks / gridDim.x;
-  }
-
-  // CTA whose range holds K-block `unit`.
-  static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
-    return ((unit + 1u) * gridDim.x - 1) / p.total_blocks;
-  }
-
-  // Workspace slot in which `cta` keeps its part of tile `index`: 0 for the tile its range begins
-  // in, 1 for another (the one it ends in).
-  static __device__ __forceinline__ int slot_of(const GemmParams& p, int cta, int index) {
-    return range_begin(p, cta) / p.k_blocks == index ? 0 : 1;
   }
 
  private:
@@ -73,10 +56,28 @@ class TileScheduler {
     Tile tile = whole_tile(p_, index);
     tile.k_begin = next_ - index * p_.k_blocks;
     tile.k_end = min(p_.k_blocks, tile.k_begin + end_ - next_);
-    const bool whole = tile.k_begin == 0 && tile.k_end == p_.k_blocks;
-    tile.partial = whole ? -1 : slot_of(p_, blockIdx.x, index);
+    // The CTA with the first K-block, which it has last in its range, adds up the sums; the others
+    // have their part first in theirs, and hand it over (kernels/split_k.cuh).
+    if (tile.k_begin > 0) {
+      tile.others = kHandedOver;
+    } else if (tile.k_end < p_.k_blocks) {
+      tile.others = owner(p_, (index + 1) * p_.k_blocks - 1) - blockIdx.x;
+    }
     next_ += tile.k_end - tile.k_begin;
     return tile;
+  }
+
+  // First K-block (over all tiles) of a CTA's range: the first p.longer_ranges have one more than
+  // p.range_blocks.
+  static __device__ __forceinline__ int range_begin(const GemmParams& p, int cta) {
+    return cta * p.range_blocks + min(cta, p.longer_ranges);
+  }
+
+  // CTA whose range holds K-block `unit`.
+  static __device__ __forceinline__ int owner(const GemmParams& p, int unit) {
+    const int longer = p.longer_ranges * (p.range_blocks + 1);
+    return unit < longer ? unit / (p.range_blocks + 1)
+                         : p.longer_ranges + (unit - longer) / p.range_blocks;
   }
 
   // Every group has a whole product: kBatch with all of K, kBlocks and kSpans over its own part.
@@ -105,7 +106,7 @@ class TileScheduler {
     tile.row_end = p_.swapped ? p_.num_rows : at.token_end;
     tile.col_end = p_.swapped ? at.token_end : p_.num_cols;
     tile.k_begin = 0, tile.k_end = p_.k_blocks;
-    tile.group = at.group, tile.partial = -1, tile.chain = 0;
+    tile.group = at.group, tile.others = 0, tile.chain = 0;
     return tile;
   }
 

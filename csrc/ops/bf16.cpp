@@ -40,7 +40,8 @@ void run(const Tensor& a, const Tensor& b, const Problem& p, const std::optional
   check_apart(kOp, "out", out, "b", b);
   if (p.m == 0 || p.n == 0) return;
 
-  const Bf16Shape shape{p.m, p.n, p.k};
+  Bf16Shape shape{p.m, p.n, p.k};
+  shape.a_mn_major = p.a.mn_major, shape.b_mn_major = p.b.mn_major;
   Bf16Config config;
   if (forced) {
     check(forced->tile >= 0 && forced->tile < kNumBf16Tiles &&

@@ -3,6 +3,7 @@
 #include "ops/bf16_common.h"
 #include "ops/grouped_common.h"
 
+#include <algorithm>
 #include <cstdio>
 
 namespace sm120 {
@@ -69,7 +70,7 @@ void run(const Inputs& in, Bf16Problem& p, const Tensor& out, const Forced* forc
   if (out.numel() == 0) return;
 
   // Sizes are on the device: all groups are taken to be alike, and all of K to be used.
-  const Bf16Shape one{m, n, ceil_div(p.k, groups), true};
+  const Bf16Shape one{m, n, ceil_div(p.k, groups), std::max<int64_t>(p.k, 1)};
   const GroupedBf16Shape shape{one, groups, 0, groups, m, groups * m};
   Bf16Config config;
   if (forced) {

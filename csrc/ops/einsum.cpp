@@ -217,7 +217,7 @@ void run_bf16(const Tensor& a, const Tensor& b, Bf16& x, const std::optional<Ten
     p.summed = e.batch;
     if (e.batch == 0) p.k = 0;  // D is C, or 0
   }
-  const Bf16Shape shape{e.m, e.n, p.k, false, summed ? 1 : e.batch, summed ? e.batch : 1};
+  const Bf16Shape shape{e.m, e.n, p.k, 0, summed ? 1 : e.batch, summed ? e.batch : 1};
   const Bf16Config config =
       forced ? evaluate_bf16_config(check_forced(op, *forced, kNumBf16Tiles, shape, model.num_sms),
                                     forced->swapped, forced->split, shape, model)
@@ -277,7 +277,7 @@ std::string einsum_config(std::string format, int64_t batch, int64_t m, int64_t 
         "k >= 0 and the others > 0", batch, ", ", m, ", ", n, ", ", k, ", ", num_sms);
   const GpuModel model{static_cast<int>(num_sms), native, l2_bytes, static_cast<int>(dram_gbps)};
   if (format == "bf16") {
-    const Bf16Shape shape{m, n, k, false, summed ? 1 : batch, summed ? batch : 1};
+    const Bf16Shape shape{m, n, k, 0, summed ? 1 : batch, summed ? batch : 1};
     return choose_bf16_config(shape, model).to_string();
   }
   check(!summed, kOp, "summed", "false for FP8 and FP4", summed);

@@ -180,7 +180,7 @@ void check_grouped(std::mt19937& random, Schedule schedule) {
   for (const auto& of_cta : tiles) {
     most = max(most, of_cta.size()), least = min(least, of_cta.size());
     for (const Tile& t : of_cta) {
-      check(t.k_begin == 0 && t.k_end == k_blocks && t.partial == -1, "not all of K");
+      check(t.k_begin == 0 && t.k_end == k_blocks && t.others == 0, "not all of K");
       check((p->swapped ? t.row_end : t.col_end) == weights, "end of the weights");
       const Key key{t.group, p->swapped ? t.col : t.row, p->swapped ? t.col_end : t.row_end,
                     p->swapped ? t.row : t.col};
@@ -217,6 +217,32 @@ void check_order() {
   }
 }
 
+// Of a tile that was cut, the CTA with the first K-block is told how many others there are. They
+// are the ones after it, in the order of K, and each hands its part over before it waits for
+// anybody.
+void check_hand_over(const std::vector<std::vector<Tile>>& tiles, int k_blocks) {
+  int handed_over = 0, expected = 0;
+  for (size_t cta = 0; cta < tiles.size(); ++cta) {
+    for (const Tile& t : tiles[cta]) {
+      if (t.k_begin > 0) {
+        check(t.others == kHandedOver && &t == &tiles[cta][0], "not handed over at once");
+        ++handed_over;
+        continue;
+      }
+      check(t.others >= 0 && cta + t.others < tiles.size(), "waits for CTAs that are not there");
+      int k = t.k_end;
+      for (int i = 1; i <= t.others; ++i, ++expected) {
+        const Tile& part = tiles[cta + i][0];
+        check(part.row == t.row && part.col == t.col && part.group == t.group && part.k_begin == k,
+              "waits for another tile's part");
+        k = part.k_end;
+      }
+      check(k == k_blocks, "does not wait for all of K");
+    }
+  }
+  check(handed_over == expected, "%d parts, %d are waited for", handed_over, expected);
+}
+
 void check_single(std::mt19937& random, Schedule schedule) {
   auto p = std::make_unique<GemmParams>();
   std::memset(p.get(), 0, sizeof(*p));
@@ -228,7 +254,7 @@ void check_single(std::mt19937& random, Schedule schedule) {
   const bool by_blocks = schedule == Schedule::kBlocks, spans = schedule == Schedule::kSpans;
   const bool single = schedule == Schedule::kTiles;
   const int groups = spans ? draw(random, 1, 100) : single ? 1 : draw(random, 1, 6);
-  p->total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
+  const int total_blocks = groups * p->row_tiles * p->col_tiles * p->k_blocks;
   std::vector<int> ends, sizes;
   for (int g = 0, end = 0; g < groups; ++g) ends.push_back(end += draw(random, 0, 3));
   if (spans) {  // sizes that may be negative, or more than there is
@@ -246,8 +272,10 @@ void check_single(std::mt19937& random, Schedule schedule) {
   const std::vector<int>& index = spans ? sizes : ends;
   p->groups.index = index.data(), p->groups.count = groups;
   simulated::readable_begin = index.data(), simulated::readable_end = index.data() + index.size();
-  const int units = schedule == Schedule::kSplit ? static_cast<int>(p->total_blocks) : 1 << 30;
-  const auto tiles = run_all(*p, min(draw(random, 1, 140), units));
+  const int units = schedule == Schedule::kSplit ? total_blocks : 1 << 30;
+  const int grid = min(draw(random, 1, 140), units);
+  p->range_blocks = total_blocks / grid, p->longer_ranges = total_blocks % grid;
+  const auto tiles = run_all(*p, grid);
   std::map<std::tuple<int, int, int>, std::vector<std::pair<int, int>>> parts;
   for (const auto& of_cta : tiles) {
     for (const Tile& t : of_cta) {
@@ -267,6 +295,7 @@ void check_single(std::mt19937& random, Schedule schedule) {
     }
     check(at == (own_k ? ends[group] : p->k_blocks), "the last K-blocks are missing");
   }
+  if (schedule == Schedule::kSplit) check_hand_over(tiles, p->k_blocks);
 }
 
 }  // namespace
