@@ -1,4 +1,4 @@
-// Controls that concern a whole block or grid: register budgets, dependent launch, grid barrier.
+// Controls that concern a whole block or grid: register budgets, dependent launch.
 #pragma once
 
 #include "device/arch.cuh"

@@ -31,7 +31,7 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(1, 0, 2)
+    return x.transpose(0, 1)
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -65,15 +65,13 @@ _SUM = "bmk,bnk->mn"
 
 def _ready(a: torch.Tensor, sfa: torch.Tensor, b: torch.Tensor, sfb: torch.Tensor) -> bool:
     """What the engines pass for tokens: K-major data, packed scales of rows that are contiguous."""
+    if sfa.dtype is not torch.int32 or sfb.dtype is not torch.int32:
+        return False
+    if a.dim() != 3 or sfa.dim() != 3:
+        return False
+    rows, heads, words = sfa.stride()
     return (
-        sfa.dtype is torch.int32
-        and sfb.dtype is torch.int32
-        and a.dim() == sfa.dim() == 3
-        and sfa.stride(0) == 1
-        and sfa.stride(1) % 4 == 0
-        and sfa.stride(2) % 4 == 0
-        and a.stride(2) == 1
-        and b.stride(-1) == 1
+        rows == 1 and heads % 4 == 0 and words % 4 == 0 and a.stride(2) == 1 and b.stride(-1) == 1
     )
 
 

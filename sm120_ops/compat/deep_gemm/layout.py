@@ -55,8 +55,11 @@ def recipes(
         return (1, 128), (1 if sfb.dtype == torch.int32 else 128, 128)
     if len(recipe) != 3:
         _check.fail(name_of(op), "recipe", "(gran_mn of A, gran_mn of B, gran_k)", tuple(recipe))
-    gran_k = recipe[2]
-    return _pair(op, "recipe", (recipe[0], gran_k)), _pair(op, "recipe", (recipe[1], gran_k))
+    gran_a, gran_b, gran_k = recipe
+    if gran_a < 1 or gran_b < 1 or gran_k not in GRANS_K:
+        requirement = f"positive gran_mn and gran_k of {list(GRANS_K)}"
+        _check.fail(name_of(op), "recipe", requirement, tuple(recipe))
+    return (gran_a, gran_k), (gran_b, gran_k)
 
 
 def _pair(op: str, arg: str, recipe: Recipe) -> tuple[int, int]:
