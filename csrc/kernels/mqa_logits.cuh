@@ -76,6 +76,7 @@ __device__ __forceinline__ void take_share(const MqaParams& p, const MqaRing<T>&
   share.target = target_of<T>(p, share, T::kQueries > 1 ? lane % 4 / 2 : 0);
 
   const uint32_t columns = own_columns<T>(ring.base) + 4 * lane;
+  __syncwarp();  // all lanes have read the weights of the segment before
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     sts_float(columns + 4 * kWarpSize * i, weight[i] * T::Mma::column_factor(word[i]));
