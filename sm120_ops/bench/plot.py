@@ -45,8 +45,10 @@ def roofline(results: Results, path: Path) -> None:
             points.setdefault((line.provider, line.name), []).append(point)
     for (provider, name), values in points.items():
         ours = provider == "sm120_ops"
+        intensities, rates = zip(*values, strict=True)
         axes.scatter(
-            *zip(*values, strict=True),
+            intensities,
+            rates,
             marker="o" if ours else "x",
             s=36 if ours else 20,
             label=f"{provider} {name}",
