@@ -14,7 +14,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/gpu-out}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
-: "${LIMIT_TESTS:=420}" "${LIMIT_DETERMINISM:=180}" "${LIMIT_SANITIZER:=120}" "${LIMIT_BENCH:=240}"
+: "${LIMIT_TESTS:=420}" "${LIMIT_DETERMINISM:=180}" "${LIMIT_SANITIZER:=420}" "${LIMIT_BENCH:=240}"
 
 wheel=
 if [[ ${1:-} == *.whl ]]; then
