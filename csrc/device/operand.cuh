@@ -115,37 +115,42 @@ class ReaderB {
 
 // ---- bf16 ---------------------------------------------------------------------------------------
 
-// How a bf16 operand lies in memory, and so in a tile. K-major: rows of kBlockK values. MN-major:
-// atoms of kAtom rows, each kBlockK lines of kAtom values, a line being one k.
+// How a bf16 operand lies in memory, and so in a tile. K-major: chunks of kChunk k, each kRows
+// lines of kChunk values. MN-major: atoms of kAtom rows, each kBlockK lines of kAtom values, a line
+// being one k.
 enum class Major { kK, kMn };
 
 // Blocks of 16 rows x 16 k by one ldmatrix: an A fragment, or two B fragments. MN-major blocks are
 // transposed on the way.
-template <Major kMajor, int kBlockK, int kAtom>
+template <Major kMajor, int kRows, int kBlockK, int kAtom, int kChunk>
 class ReaderBf16 {
  public:
-  static constexpr int kLineBytes = 2 * (kMajor == Major::kK ? kBlockK : kAtom);
+  static constexpr int kLineBytes = 2 * (kMajor == Major::kK ? kChunk : kAtom);
 
   // first_row: tile row of the warp's first block. A warp's rows are a power of two, aligned to
-  // their number and within an atom. kRowsInner: A's order of the four 8x8 matrices (rows before
-  // k), or else B's.
+  // their number and within an atom. first_step: the warp's first 16 k; its steps are a power of
+  // two, aligned to their number and within a chunk. kRowsInner: A's order of the four 8x8 matrices
+  // (rows before k), or else B's.
   template <bool kRowsInner>
-  static __device__ ReaderBf16 at(int first_row) {
+  static __device__ ReaderBf16 at(int first_row, int first_step) {
+    constexpr int kChunkSteps = kChunk / 16;
     const int lane = lane_id(), q = lane / 8;
     const int row_half = kRowsInner ? q % 2 : q / 2, k_half = kRowsInner ? q / 2 : q % 2;
     ReaderBf16 reader;
     if constexpr (kMajor == Major::kK) {
-      reader.offset_ = swizzled<kLineBytes>(first_row + 8 * row_half + lane % 8, 16 * k_half);
+      reader.offset_ = first_step / kChunkSteps * (kLineBytes * kRows) +
+                       swizzled<kLineBytes>(first_row + 8 * row_half + lane % 8,
+                                            32 * (first_step % kChunkSteps) + 16 * k_half);
     } else {
-      reader.offset_ =
-          first_row / kAtom * (kLineBytes * kBlockK) +
-          swizzled<kLineBytes>(8 * k_half + lane % 8, first_row % kAtom * 2 + 16 * row_half);
+      reader.offset_ = first_row / kAtom * (kLineBytes * kBlockK) +
+                       swizzled<kLineBytes>(16 * first_step + 8 * k_half + lane % 8,
+                                            first_row % kAtom * 2 + 16 * row_half);
     }
     return reader;
   }
 
-  // r: rows 16 * block .. + 15 of the warp's, k 16 * step .. + 15. The tile is 128-byte aligned, so
-  // that what moves within a line may be XORed in last.
+  // r: rows 16 * block .. + 15 of the warp's, k 16 * step .. + 15 of its steps. The tile is
+  // 128-byte aligned, so that what moves within a line may be XORed in last.
   __device__ __forceinline__ void load(uint32_t (&r)[4], uint32_t tile, int block, int step) const {
     if constexpr (kMajor == Major::kK) {
       ldmatrix<4>(r, ((tile + offset_) ^ (32 * step)) + block * 16 * kLineBytes);

@@ -13,20 +13,21 @@ namespace {
 // a card.
 struct Sm {
   double mhz, clocks_an_mma;  // m16n8k16, all tensor cores of an SM busy
+  double busy;                // share of the busier of MMA and shared memory
 };
-constexpr Sm kH200Sm{1755, 1.48}, kNativeSm{2400, 4};
+constexpr Sm kH200Sm{1980, 1.95, 0.92}, kNativeSm{2400, 4, 0.85};
 
-constexpr double kBusy = 0.85;  // share of the busier of MMA and shared memory
 constexpr double kSharedBytesAClock = 128;
-constexpr double kLaunchUs = 4.5;         // launch, first copies, last stores
+constexpr double kLaunchUs = 6.5;         // launch, first copies, last stores
 constexpr double kColdTileUs = 4.0;       // code of a 128 x 256 tile, first time
 constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further wave
 constexpr double kHandOverUs = 2.0;       // split: sums written, flag raised and seen
 constexpr double kHandedBytesAUs = 65e3;  // split: sums read by the CTA that adds them up
-constexpr double kDramShare = 0.8;        // of the nominal bandwidth, cold
-constexpr double kL2BytesAUs = 60e3;      // L2 to one SM
-constexpr double kMnColsCost = 1.03;      // of compute, where cols are MN-major rather than rows
-constexpr double kStageUs = 0.11;         // the copying thread, for the two copies of a stage
+constexpr double kDramShare =
+    0.95;  // of the nominal bandwidth, cold, with the whole ring on its way
+constexpr double kL2BytesAUs = 70e3;  // L2 to one SM
+constexpr double kMnColsCost = 1.03;  // of compute, where cols are MN-major rather than rows
+constexpr double kStageUs = 0.11;     // the copying thread, for the two copies of a stage
 
 // Clocks of an SM for 16 of K, by tensor cores or by shared memory: fragments read by the warps
 // that share the 16, and the operands' arrival.
@@ -35,7 +36,7 @@ double clocks_a_step(const Bf16Tile& t, const Sm& sm) {
   const int warps = 8 / t.slices, across = warps / t.warps_down;
   const double read = 32.0 * (t.rows * across + t.cols * t.warps_down);
   const double written = 32.0 * (t.rows + t.cols);
-  return std::max(mmas * sm.clocks_an_mma, (read + written) / kSharedBytesAClock) / kBusy;
+  return std::max(mmas * sm.clocks_an_mma, (read + written) / kSharedBytesAClock) / sm.busy;
 }
 
 // Tiles of all products.
@@ -74,7 +75,7 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
   const double useful =
       static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
       (tile.rows + tile.cols);
-  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy)) * (1.5 - 0.5 * useful);
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy)) * (2 - useful);
 
   const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
   // Slices add their sums through shared memory, written and read.

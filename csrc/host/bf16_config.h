@@ -7,9 +7,9 @@
 namespace sm120 {
 
 // The compiled tiles: rows x cols of the product (rows = the MMA's 16-row axis), warps along the
-// rows within a slice, slices of K (kernels/bf16_gemm.cuh), K of a stage. Shared memory delivers
-// 128 bytes a clock, an MMA takes about 1.5 clocks of an H200's SM, and an operand byte serves as
-// many MMAs as the warp tile is wide: hence 64 x 64 warps and slices.
+// rows within a slice, slices of K (kernels/bf16_gemm.cuh), K of a stage (32 or 64 for each slice).
+// Shared memory delivers 128 bytes a clock, an MMA takes about 1.5 clocks of an H200's SM, and an
+// operand byte serves as many MMAs as the warp tile is wide: hence 64 x 64 warps and slices.
 //   128 x 256  eight 64x64 warps: the least shared-memory and L2 traffic an MMA. K 32 a stage, so
 //              that four stages fit.
 //   128 x 128  half the tile, in two slices of 64x64 warps.
@@ -18,17 +18,17 @@ namespace sm120 {
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens, weights on the 16-row axis.
 //   16 x 32    17 .. 32 tokens, and
-//   16 x 16    1 .. 16 tokens beside few weight rows: each warp has K-blocks of its own, so that
+//   16 x 16    1 .. 16 tokens beside few weight rows: each warp has a part of K of its own, so that
 //              2112 weight rows are 132 whole tiles and nothing crosses a CTA.
 #define SM120_BF16_TILES(X) \
   X(128, 256, 2, 1, 32)     \
-  X(128, 128, 2, 2, 32)     \
+  X(128, 128, 2, 2, 64)     \
   X(128, 64, 2, 2, 64)      \
   X(64, 64, 2, 2, 64)       \
-  X(64, 32, 2, 4, 64)       \
-  X(64, 16, 2, 4, 64)       \
-  X(16, 32, 1, 8, 64)       \
-  X(16, 16, 1, 8, 64)
+  X(64, 32, 2, 4, 128)      \
+  X(64, 16, 2, 4, 128)      \
+  X(16, 32, 1, 8, 256)      \
+  X(16, 16, 1, 8, 256)
 
 struct Bf16Tile {
   int rows, cols, warps_down, slices, block_k;

@@ -2,8 +2,9 @@
 //
 // What limits it is shared memory, which delivers 128 bytes a clock: an MMA's operands must serve
 // many MMAs. So warps take 64 x 64 of the product where the tile allows, and where the tile has
-// fewer than eight such parts the warps share K: slice s multiplies the K-blocks in the stages
-// s, s + kSlices, ..., and the slices' sums are added at the tile's end.
+// fewer than eight such parts the warps share K: slice s multiplies part s of every K-block, and
+// the slices' sums are added at the tile's end. (Slices that took K-blocks in turn would each hold
+// a stage for as long as all of them take to multiply one, and few would be on their way.)
 //
 // An MMA cuts off, rather than rounds, what does not fit the sum's 24 bits, so the relative error
 // of a chain of them grows with its length. Sums longer than p.chain are cut into chains,
@@ -30,6 +31,7 @@ struct Bf16Traits {
   static constexpr int kSlices = kSliceCount, kSliceWarps = kMathWarps / kSlices;
   static constexpr int kWarpsAcross = kSliceWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
+  static constexpr int kSteps = kK / 16 / kSlices;  // of 16 k, a slice's in a K-block
   // Two slices share what follows the sum over K, half of a warp's rows each.
   static constexpr bool kHalves = kSlices == 2 && MT == 4;
   static constexpr int kStoreRows = kHalves ? MT / 2 : MT;  // fragments of a warp, at the end
@@ -44,14 +46,15 @@ struct Bf16Traits {
   // A line of an MN-major operand is one k, so that a tile can be cut off behind any of them.
   static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn && has_any_k(kCols);
 
-  // Rows of an MN-major operand in one box: a line of at most 128 bytes.
+  // Values of a line in one box, of at most 128 bytes. A tile of longer lines is several such
+  // pieces: atoms of an MN-major operand's rows, chunks of a K-major one's K.
   static constexpr int kRowsAtom = kRows < 64 ? kRows : 64, kColsAtom = kCols < 64 ? kCols : 64;
+  static constexpr int kChunk = kK < 64 ? kK : 64;
 
   // Shared-memory map: stages of rows and cols | full | empty | cut | tile queue
   static constexpr int kRowsBytes = 2 * kK * kRows, kColsBytes = 2 * kK * kCols;
   static constexpr int kStageBytes = kRowsBytes + kColsBytes;
-  static constexpr int kStages =
-      (kSmemLimit - kQueueBytes - 16) / (kStageBytes + 16) / kSlices * kSlices;
+  static constexpr int kStages = (kSmemLimit - kQueueBytes - 16) / (kStageBytes + 16);
   static constexpr int kFullAt = kStages * kStageBytes;
   static constexpr int kEmptyAt = kFullAt + 8 * kStages;
   static constexpr int kCutAt = kEmptyAt + 8 * kStages;
@@ -63,18 +66,21 @@ struct Bf16Traits {
   static constexpr int kMathRegisters = MT * NT < 32 ? 208 : kAnyK && !kChains ? 224 : 232;
   static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
 
-  // A slice's sums go through the stage it used last, so many 16-row fragments a round.
+  // The slices' sums go through the tile's last stage, a part for each slice, so many 16-row
+  // fragments a round.
+  static constexpr int kScratchBytes = kStageBytes / kSlices;
   static constexpr int kFragmentsBytes = kSliceWarps * NT * 512;
   static constexpr int kRoundFragments =
-      kSlices == 1 || kStoreRows * kFragmentsBytes <= kStageBytes ? kStoreRows
-      : kStoreRows / 2 * kFragmentsBytes <= kStageBytes           ? kStoreRows / 2
-                                                                  : kStoreRows / 4;
+      kSlices == 1 || kStoreRows * kFragmentsBytes <= kScratchBytes ? kStoreRows
+      : kStoreRows / 2 * kFragmentsBytes <= kScratchBytes           ? kStoreRows / 2
+                                                                    : kStoreRows / 4;
 
-  static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 * kSlices && kStages <= kGemmThreads);
-  static_assert((kSlices & (kSlices - 1)) == 0 && (kK == 32 || kK == 64));
+  static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 && kStages <= kGemmThreads);
+  static_assert((kSlices & (kSlices - 1)) == 0 && kK % kChunk == 0 && kChunk >= 32);
+  static_assert(kSteps == 2 || kSteps == 4, "buffers alternate by parity; steps within a chunk");
   static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
   static_assert(kRoundFragments >= 1 &&
-                (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kStageBytes));
+                (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kScratchBytes));
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
 };
 
@@ -88,28 +94,26 @@ struct Bf16Ring {
   __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
   __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
   __device__ uint32_t cut(bool of_cols) const { return base + T::kCutAt + 8 * of_cols; }
-  // To the slice's next stage; kStages is a multiple of kSlices.
-  __device__ __forceinline__ void next_of_slice() {
-    at.stage += T::kSlices;
-    if (at.stage >= T::kStages) at.stage -= T::kStages, at.parity ^= 1;
-  }
 };
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of the K-block that begins at k. MN-major: in one copy where the matrix is
-// made of whole atoms, or else atom by atom.
-template <Major kMajor, int kBlockK, int kRows, int kAtom>
+// One operand's tile of the K-block that begins at k. Where a tile has several pieces: in one copy
+// if the matrix's lines consist of whole pieces, or else piece by piece.
+template <Major kMajor, int kBlockK, int kRows, int kPiece>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int k, int row, int group, bool whole_atoms) {
-  if constexpr (kMajor == Major::kK) {
-    tma_load_3d(dst, map, full, 2 * k, row, group);
-  } else if (whole_atoms) {
-    tma_load_4d(dst, map, full, 0, k, row / kAtom, group);
+                                             int k, int row, int group, bool whole_pieces) {
+  constexpr bool kMn = kMajor == Major::kMn;
+  constexpr int kLines = kMn ? kBlockK : kRows, kLine = kMn ? kRows : kBlockK;
+  const int line = kMn ? k : row, at = kMn ? row : k;
+  if constexpr (!kMn && kLine == kPiece) {
+    tma_load_3d(dst, map, full, 2 * at, line, group);
+  } else if (whole_pieces) {
+    tma_load_4d(dst, map, full, 0, line, at / kPiece, group);
   } else {
 #pragma unroll
-    for (int first = 0; first < kRows; first += kAtom) {
-      tma_load_4d(dst + first * 2 * kBlockK, map, full, 2 * (row + first), k, 0, group);
+    for (int first = 0; first < kLine; first += kPiece) {
+      tma_load_4d(dst + first * 2 * kLines, map, full, 2 * (at + first), line, 0, group);
     }
   }
 }
@@ -150,7 +154,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   constexpr int kBytes = kCols ? T::kColsBytes : T::kRowsBytes;
   const CUtensorMap* map = kCols ? &p.cols : &p.rows;
   const bool grouped = kCols ? p.cols_grouped : p.rows_grouped;
-  const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
+  const bool whole_pieces = kCols ? p.cols_whole_pieces : p.rows_whole_pieces;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
   for (;; ++queue.count) {
@@ -172,8 +176,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
-        load_operand<kMajor, T::kBlockK, kExtent, kAtom>(
-            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_atoms);
+        load_operand<kMajor, T::kBlockK, kExtent, kMajor == Major::kK ? T::kChunk : kAtom>(
+            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_pieces);
       }
       if constexpr (T::kAnyK) {
         if (cut) {
@@ -208,18 +212,17 @@ struct WarpPlace {
   }
 };
 
-// A warp's sums over `blocks` K-blocks of its slice. With slices the last stage is kept.
+// A warp's sums over its slice of `blocks` K-blocks. With slices the last stage is kept.
 template <class T>
 __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4]) {
-  constexpr int kSteps = T::kBlockK / 16, kPairs = T::NT / 2;
+  constexpr int kSteps = T::kSteps, kPairs = T::NT / 2;
   constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
-  static_assert(kSteps % 2 == 0, "buffers alternate by parity");
-  using Rows = ReaderBf16<T::kRowsMajor, T::kBlockK, T::kRowsAtom>;
-  using Cols = ReaderBf16<T::kColsMajor, T::kBlockK, T::kColsAtom>;
+  using Rows = ReaderBf16<T::kRowsMajor, T::kBlockRows, T::kBlockK, T::kRowsAtom, T::kChunk>;
+  using Cols = ReaderBf16<T::kColsMajor, T::kBlockCols, T::kBlockK, T::kColsAtom, T::kChunk>;
   const WarpPlace<T> place = WarpPlace<T>::now();
-  const Rows rows = Rows::template at<true>(place.row);
-  const Cols cols = Cols::template at<false>(place.col);
+  const Rows rows = Rows::template at<true>(place.row, place.slice * kSteps);
+  const Cols cols = Cols::template at<false>(place.col, place.slice * kSteps);
 
   // While one step of 16 k is multiplied the next one's fragments are loaded, across stages too.
   uint32_t a[2][T::MT][4], b[2][kPairs][4];
@@ -238,7 +241,7 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
       const bool last_step = step == kSteps - 1;
       const uint32_t empty = ring.empty();
       if (last_step && more) {  // else the loads below read this stage again, for nothing
-        ring.next_of_slice();
+        ring.at.advance();
         mbarrier_wait(ring.full(), ring.at.parity);
       }
 #pragma unroll
@@ -262,7 +265,7 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
       }
     }
   }
-  if (T::kSlices == 1) ring.next_of_slice();
+  if (T::kSlices == 1) ring.at.advance();
 }
 
 // A tile's sums of the chains of MMAs so far, kept by the thread that has them.
@@ -292,86 +295,54 @@ __device__ __forceinline__ void add_carried(const GemmParams& p,
   }
 }
 
-// The slices of a tile: which K-blocks are whose, and the addition of their sums.
+// Adds the slices' sums of a tile that has K-blocks: all of them into slice 0's, or with kHalves
+// half of them into each slice's first kStoreRows fragments. By every math thread. They go through
+// the tile's last stage, which no warp has given back yet; it is given back.
 template <class T>
-class Slices {
- public:
-  static constexpr int kMask = T::kSlices - 1;
-
-  // Begins a tile of `blocks` K-blocks; gives how many are this slice's.
-  __device__ __forceinline__ int begin(int blocks) {
-    first_ = end_, end_ = (end_ + blocks) % T::kStages, blocks_ = blocks;
-    return count(WarpPlace<T>::now().slice);
-  }
-
-  // Adds the slices' sums: all of them into slice 0's, or with kHalves half of them into each
-  // slice's first kStoreRows fragments. Every math thread must call it. The stage a slice used last
-  // is still its own (a slice without blocks has none and adds nothing); it is given back.
-  __device__ __forceinline__ void combine(float (&acc)[T::MT][T::NT][4], Bf16Ring<T>& ring) {
-    const int slice = WarpPlace<T>::now().slice;
-    constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;  // first fragment to be given away
-    if constexpr (T::kHalves) {
+__device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ring<T>& ring) {
+  const int slice = WarpPlace<T>::now().slice;
+  const int thread = threadIdx.x % (T::kSliceWarps * kWarpSize);
+  const auto scratch = [&](int of) {
+    return static_cast<float4*>(smem_pointer(ring.rows() + of * T::kScratchBytes)) + thread;
+  };
+  constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;  // first fragment to be given away
+  if constexpr (T::kHalves) {
 #pragma unroll
-      for (int x = 0; x < kGiven * T::NT * 4; ++x) {
-        float& low = acc[x / 4 / T::NT][x / 4 % T::NT][x % 4];
-        float& high = acc[kGiven + x / 4 / T::NT][x / 4 % T::NT][x % 4];
-        const float own = slice > 0 ? high : low, other = slice > 0 ? low : high;
-        low = own, high = other;
+    for (int x = 0; x < kGiven * T::NT * 4; ++x) {
+      float& low = acc[x / 4 / T::NT][x / 4 % T::NT][x % 4];
+      float& high = acc[kGiven + x / 4 / T::NT][x / 4 % T::NT][x % 4];
+      const float own = slice > 0 ? high : low, other = slice > 0 ? low : high;
+      low = own, high = other;
+    }
+  }
+#pragma unroll
+  for (int i0 = 0; i0 < T::kStoreRows; i0 += T::kRoundFragments) {
+    // All reads of the stage as operands, and of the round before, are over.
+    named_barrier<1, kMathThreads>();
+    if (T::kHalves || slice > 0) {
+      float4* mine = scratch(slice);
+#pragma unroll
+      for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
+        const float (&v)[4] = acc[kGiven + i0 + f / T::NT][f % T::NT];
+        mine[f * T::kSliceWarps * kWarpSize] = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
-    if constexpr (T::kSlices > 1) {
-      const int thread = threadIdx.x % (T::kSliceWarps * kWarpSize);
-#pragma unroll
-      for (int i0 = 0; i0 < T::kStoreRows; i0 += T::kRoundFragments) {
-        // All reads of the stages as operands, and of the round before, are over.
-        named_barrier<1, kMathThreads>();
-        if ((T::kHalves || slice > 0) && count(slice) > 0) {
-          float4* mine = scratch(ring.base, slice) + thread;
-#pragma unroll
-          for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
-            const float (&v)[4] = acc[kGiven + i0 + f / T::NT][f % T::NT];
-            mine[f * T::kSliceWarps * kWarpSize] = make_float4(v[0], v[1], v[2], v[3]);
-          }
-        }
-        named_barrier<1, kMathThreads>();
-        if (!T::kHalves && slice > 0) continue;
+    named_barrier<1, kMathThreads>();
+    if (!T::kHalves && slice > 0) continue;
 #pragma unroll 1
-        for (int x = 1; x < T::kSlices; ++x) {
-          const int other = slice ^ x;
-          if (count(other) <= 0) continue;
-          const float4* theirs = scratch(ring.base, other) + thread;
+    for (int x = 1; x < T::kSlices; ++x) {
+      const float4* theirs = scratch(slice ^ x);
 #pragma unroll
-          for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
-            float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
-            const float4 add = theirs[f * T::kSliceWarps * kWarpSize];
-            v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
-          }
-        }
-      }
-      named_barrier<1, kMathThreads>();
-      if (count(slice) > 0) {
-        release_stage(ring.empty());
-        ring.next_of_slice();
+      for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
+        float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
+        const float4 add = theirs[f * T::kSliceWarps * kWarpSize];
+        v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
       }
     }
   }
-
- private:
-  __device__ __forceinline__ int count(int slice) const {
-    const int before = (slice - first_) & kMask;  // blocks ahead of its first
-    return (blocks_ - before + kMask) / T::kSlices;
-  }
-  // Where the slice's last stage of this tile is.
-  static __device__ __forceinline__ float4* at(uint32_t address) {
-    return static_cast<float4*>(__cvta_shared_to_generic(address));
-  }
-  __device__ __forceinline__ float4* scratch(uint32_t base, int slice) const {
-    const int last = end_ - 1 - ((end_ - 1 - slice) & kMask);
-    return at(base + (last < 0 ? last + T::kStages : last) * T::kStageBytes);
-  }
-
-  int first_ = 0, end_ = 0, blocks_ = 0;  // stages of this tile's first block and of the next's
-};
+  release_stage(ring.empty());
+  ring.at.advance();
+}
 
 template <class T>
 __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_constant__ GemmParams p) {
@@ -381,7 +352,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   ring.base = queue.base = opaque(smem_address(smem));
   if (threadIdx.x < T::kStages) {
     mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, kCopyWarps);
-    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, T::kSliceWarps);
+    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, kMathWarps);
     mbarrier_init_fence();
   } else if (threadIdx.x == kMathThreads) {
     queue.init_barriers(kMathWarps + kCopyWarps);
@@ -408,15 +379,14 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   }
 
   grow_registers<T::kMathRegisters>();
-  ring.at.stage = WarpPlace<T>::now().slice;
-  Slices<T> slices;
   for (;; ++queue.count) {
     mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    accumulate<T>(slices.begin(k_blocks_of<T>(p, tile)), ring, acc);
-    slices.combine(acc, ring);
+    const int blocks = k_blocks_of<T>(p, tile);
+    accumulate<T>(blocks, ring, acc);
+    if (T::kSlices > 1 && blocks > 0) add_slices<T>(acc, ring);
     auto& sums = reinterpret_cast<float (&)[T::kStoreRows][T::NT][4]>(acc);
     const WarpPlace<T> at = WarpPlace<T>::now();
     if (T::kHalves || at.slice == 0) {

@@ -94,8 +94,8 @@ struct GemmParams {
   float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
   int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
                                         // ranges have one more
-  bool rows_whole_atoms, cols_whole_atoms;  // BF16, MN-major: how the map sees the operand
-  bool rows_grouped, cols_grouped;          // the operand has a matrix for each group
+  bool rows_whole_pieces, cols_whole_pieces;  // BF16: how the map sees the operand
+  bool rows_grouped, cols_grouped;            // the operand has a matrix for each group
   bool swapped;
   Schedule schedule;
 };
