@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,12 +357,16 @@ def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: props)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    rests: list[float] = []
+    monkeypatch.setattr(time, "sleep", rests.append)
     timer = Timer(torch.device("cpu"), flush="read")
     assert timer.flush_buffer.nbytes == (1 << 20) // 8  # an eighth of the memory at most
     launches = []
+    rests.clear()
     timing = timer.measure(lambda: launches.append(1))
     assert timing.us == 1e3
-    assert len(launches) == 2 + 3 + timing.runs
+    assert len(rests) == timing.runs * timing.us / Timer.BURST_US
+    assert len(launches) == 2 + 3 + timing.runs + len(rests)
     with pytest.raises(ValueError, match="flush"):
         Timer(torch.device("cpu"), flush="nothing")
 

@@ -7,7 +7,7 @@
 namespace sm120 {
 
 // The compiled tiles: rows x cols of the product (rows = the MMA's 16-row axis), warps along the
-// rows within a slice, slices of K (kernels/bf16_gemm.cuh), K of a stage (32 or 64 for each slice).
+// rows within a slice, slices of K (kernels/bf16_gemm.cuh), K of a stage (32 for each slice).
 // Shared memory delivers 128 bytes a clock, an MMA takes about 1.5 clocks of an H200's SM, and an
 // operand byte serves as many MMAs as the warp tile is wide: hence 64 x 64 warps and slices.
 //   128 x 256  eight 64x64 warps: the least shared-memory and L2 traffic an MMA. K 32 a stage, so

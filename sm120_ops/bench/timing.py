@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,13 @@ class Timer:
     A written buffer leaves dirty lines, whose write-back then competes with the work that is timed:
     about one L2 of extra traffic. ``flush="read"`` reads the buffer again afterwards, so that the
     L2 is cold and clean, as it is behind another layer's weights.
+
+    Runs come in bursts of at most ``BURST_US``, and the GPU rests before each. Large products draw
+    more than its power limit: without rests the clock falls within tens of milliseconds, and the
+    figures would depend on what was measured before.
     """
+
+    BURST_US, REST_S = 10e3, 0.1
 
     def __init__(self, device: torch.device, *, quick: bool = False, flush: str = "read"):
         if flush not in FLUSH_MODES:
@@ -62,9 +69,14 @@ class Timer:
     def measure(self, launch: Callable[[], object]) -> Timing:
         for _ in range(2):  # loads the module, fills the allocator, raises the clocks
             launch()
-        estimate = min(self._time(launch, 3))
-        runs = int(self.budget_us / max(estimate, 1.0))
-        times = self._time(launch, min(max(runs, 5), self.max_runs))
+        estimate = max(min(self._time(launch, 3)), 1.0)
+        runs = min(max(int(self.budget_us / estimate), 5), self.max_runs)
+        burst = max(int(self.BURST_US / estimate), 1)
+        times: list[float] = []
+        while len(times) < runs:
+            time.sleep(self.REST_S)
+            launch()  # the first one after a rest is slower
+            times += self._time(launch, min(burst, runs - len(times)))
         return Timing(statistics.median(times), min(times), len(times))
 
 
@@ -74,8 +86,6 @@ def measure_host_us(call: Callable[[], object], device: torch.device, *, quick: 
     Batches are short enough that the launch queue (about 1,000 entries) never fills: a full queue
     would make the host wait for the GPU and measure that instead.
     """
-    import time
-
     batch, batches = (100, 10) if quick else (200, 30)
     for _ in range(batch):
         call()
