@@ -33,7 +33,7 @@ struct Bf16Traits {
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
   static constexpr int kSteps = kK / 16 / kSlices;  // of 16 k, a slice's in a K-block
   // Two slices share what follows the sum over K, half of a warp's rows each.
-  static constexpr bool kHalves = kSlices == 2 && MT == 4;
+  static constexpr bool kHalves = kSlices == 2;
   static constexpr int kStoreRows = kHalves ? MT / 2 : MT;  // fragments of a warp, at the end
   static constexpr int kStoreThreads = kHalves ? kMathThreads : kSliceWarps * kWarpSize;
   static constexpr Access kColAccess = Access::kPlain;
@@ -77,7 +77,7 @@ struct Bf16Traits {
 
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 && kStages <= kGemmThreads);
   static_assert((kSlices & (kSlices - 1)) == 0 && kK % kChunk == 0 && kChunk >= 32);
-  static_assert(kSteps == 2 || kSteps == 4, "buffers alternate by parity; steps within a chunk");
+  static_assert(kSteps == 2, "buffers alternate by parity");
   static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
   static_assert(kRoundFragments >= 1 &&
                 (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kScratchBytes));
