@@ -31,12 +31,12 @@ __device__ __forceinline__ int fragment_column(int c) {
   return kMode == Access::kPairedFp8 ? 2 * (c & 3) + (c >> 2) : c;
 }
 
-// Steps of a row. A reader's kHeld is how many of them have an offset of their own, for native
-// loops to hold in registers: all, or 1 where a loop over steps is not unrolled.
+// A reader's kHeld is how many of a row's steps have an offset of their own, to be held in
+// registers: all, or 1 where there are none to spare or a loop over steps is not unrolled.
 template <Access kMode, int kRowBytes>
-inline constexpr int kRowSteps = kRowBytes / kStepBytes<kMode>;
+inline constexpr int kHeldSteps = kNative ? kRowBytes / kStepBytes<kMode> : 1;
 
-template <Access kMode, int kRowBytes, int kHeld = kRowSteps<kMode, kRowBytes>>
+template <Access kMode, int kRowBytes, int kHeld = kHeldSteps<kMode, kRowBytes>>
 class ReaderA {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 2 : 4;
@@ -66,7 +66,7 @@ class ReaderA {
   uint32_t offset_[kHeld];
 };
 
-template <Access kMode, int kRowBytes, int kTiles, int kHeld = kRowSteps<kMode, kRowBytes>>
+template <Access kMode, int kRowBytes, int kTiles, int kHeld = kHeldSteps<kMode, kRowBytes>>
 class ReaderB {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;

@@ -153,8 +153,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
@@ -383,8 +383,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, kCopyWarps);
     mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, T::kSliceWarps);
     mbarrier_init_fence();
-  } else if (threadIdx.x == kMathThreads) {
-    queue.init_barriers(kMathWarps + kCopyWarps);
+  } else if (threadIdx.x == kMathThreads + kWarpSize) {
     mbarrier_init(ring.cut(false), 1);
     mbarrier_init(ring.cut(true), 1);
     mbarrier_init_fence();
@@ -393,13 +392,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
       tma_prefetch_map(&p.cols);
     }
   }
-  __syncthreads();
-  pdl_wait();  // global memory may be touched from here on
-
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<T::kProducerRegisters>();
-    if (warp == kMathWarps) schedule<T>(p, queue);
+    if (warp == kMathWarps) return schedule<T>(p, queue, kMathWarps + kCopyWarps);
+    finish_setup();
     if (T::kAnyK || lane_id() == 0) {
       if (warp == kMathWarps + 1) produce<T, false>(p, ring, queue);
       if (warp == kMathWarps + 2) produce<T, true>(p, ring, queue);
@@ -407,11 +404,12 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     return;
   }
 
+  finish_setup();
   grow_registers<T::kMathRegisters>();
   ring.at.stage = WarpPlace<T>::now().slice;
   Slices<T> slices;
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
