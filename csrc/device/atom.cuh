@@ -113,9 +113,8 @@ class WarpMma {
   }
 
   // The MMA reads the words itself, whatever they hold.
-  __device__ __forceinline__ bool regular_scales() const { return true; }
-  template <int kStep, class Scaling>
-  __device__ __forceinline__ void set_scales() {}
+  template <class Scaling>
+  __device__ __forceinline__ void set_scales(int) {}
 
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
 #pragma unroll
@@ -233,13 +232,13 @@ class WarpMma {
   }
 
   // The step's scales as floats, out of the block's words.
-  template <int kStep, class Scaling>
-  __device__ __forceinline__ void set_scales() {
-    if constexpr (Scaling::kPerBlock && kStep > 0) return;
+  template <class Scaling>
+  __device__ __forceinline__ void set_scales(int step) {
+    if (Scaling::kPerBlock && step > 0) return;
 #pragma unroll
     for (int half = 0; half < (Scaling::kPerBlock ? 1 : kHalves); ++half) {
       constexpr bool kExact = Scaling::kExact;
-      const int byte = kStep * kHalves + half;
+      const int byte = step * kHalves + half;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll

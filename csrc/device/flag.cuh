@@ -7,12 +7,9 @@
 
 namespace sm120 {
 
-// A lane raises its flag, if it has one, for all that the warp has written. By a whole warp.
-__device__ __forceinline__ void raise_flags(bool has_flag, uint64_t* flag, uint64_t value) {
-  __syncwarp();
-  if (has_flag) {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
-  }
+// For all that the thread has written, and others before a barrier with it.
+__device__ __forceinline__ void raise_flag(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
 // Waits until the flag has the value, then takes it down. By the one thread that waits for it.
@@ -22,14 +19,6 @@ __device__ __forceinline__ void take_flag(uint64_t* flag, uint64_t value) {
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
   } while (seen != value);
   *flag = 0;
-}
-
-// The same for `count` flags, `step` apart. By a whole warp, for all of its lanes.
-__device__ __forceinline__ void take_flags(uint64_t* flags, int step, int count, uint64_t value) {
-  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-    take_flag(flags + i * step, value);
-  }
-  __syncwarp();
 }
 
 }  // namespace sm120

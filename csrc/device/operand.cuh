@@ -31,12 +31,12 @@ __device__ __forceinline__ int fragment_column(int c) {
   return kMode == Access::kPairedFp8 ? 2 * (c & 3) + (c >> 2) : c;
 }
 
-// Steps of a row. A reader's kHeld is how many of them have an offset of their own, for native
-// loops to hold in registers: all, or 1 where a loop over steps is not unrolled.
+// A reader's kHeld is how many of a row's steps have an offset of their own, to be held in
+// registers: all, or 1 where there are none to spare or a loop over steps is not unrolled.
 template <Access kMode, int kRowBytes>
-inline constexpr int kRowSteps = kRowBytes / kStepBytes<kMode>;
+inline constexpr int kHeldSteps = kNative ? kRowBytes / kStepBytes<kMode> : 1;
 
-template <Access kMode, int kRowBytes, int kHeld = kRowSteps<kMode, kRowBytes>>
+template <Access kMode, int kRowBytes, int kHeld = kHeldSteps<kMode, kRowBytes>>
 class ReaderA {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 2 : 4;
@@ -66,7 +66,7 @@ class ReaderA {
   uint32_t offset_[kHeld];
 };
 
-template <Access kMode, int kRowBytes, int kTiles, int kHeld = kRowSteps<kMode, kRowBytes>>
+template <Access kMode, int kRowBytes, int kTiles, int kHeld = kHeldSteps<kMode, kRowBytes>>
 class ReaderB {
  public:
   static constexpr int kRegs = kMode == Access::kPackedFp4 ? 1 : 2;
@@ -115,32 +115,32 @@ class ReaderB {
 
 // ---- bf16 ---------------------------------------------------------------------------------------
 
-// How a bf16 operand lies in memory, and so in a tile. K-major: chunks of kChunk k, each kRows
-// lines of kChunk values. MN-major: atoms of kAtom rows, each kBlockK lines of kAtom values, a line
+// How a bf16 operand lies in memory, and so in a tile. K-major: chunks of kKAtom k, each kRows
+// lines of kKAtom values. MN-major: atoms of kAtom rows, each kBlockK lines of kAtom values, a line
 // being one k.
 enum class Major { kK, kMn };
 
 // Blocks of 16 rows x 16 k by one ldmatrix: an A fragment, or two B fragments. MN-major blocks are
 // transposed on the way.
-template <Major kMajor, int kRows, int kBlockK, int kAtom, int kChunk>
+template <Major kMajor, int kRows, int kBlockK, int kAtom, int kKAtom>
 class ReaderBf16 {
  public:
-  static constexpr int kLineBytes = 2 * (kMajor == Major::kK ? kChunk : kAtom);
+  static constexpr int kLineBytes = 2 * (kMajor == Major::kK ? kKAtom : kAtom);
 
   // first_row: tile row of the warp's first block. A warp's rows are a power of two, aligned to
   // their number and within an atom. first_step: the warp's first 16 k; its steps are a power of
-  // two, aligned to their number and within a chunk. kRowsInner: A's order of the four 8x8 matrices
+  // two, aligned to their number and within an atom. kRowsInner: A's order of the four 8x8 matrices
   // (rows before k), or else B's.
   template <bool kRowsInner>
   static __device__ ReaderBf16 at(int first_row, int first_step) {
-    constexpr int kChunkSteps = kChunk / 16;
+    constexpr int kAtomSteps = kKAtom / 16;
     const int lane = lane_id(), q = lane / 8;
     const int row_half = kRowsInner ? q % 2 : q / 2, k_half = kRowsInner ? q / 2 : q % 2;
     ReaderBf16 reader;
     if constexpr (kMajor == Major::kK) {
-      reader.offset_ = first_step / kChunkSteps * (kLineBytes * kRows) +
+      reader.offset_ = first_step / kAtomSteps * (kLineBytes * kRows) +
                        swizzled<kLineBytes>(first_row + 8 * row_half + lane % 8,
-                                            32 * (first_step % kChunkSteps) + 16 * k_half);
+                                            32 * (first_step % kAtomSteps) + 16 * k_half);
     } else {
       reader.offset_ = first_row / kAtom * (kLineBytes * kBlockK) +
                        swizzled<kLineBytes>(16 * first_step + 8 * k_half + lane % 8,

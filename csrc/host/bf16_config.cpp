@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "host/math.h"
+#include "host/split_launch.h"
 
 namespace sm120 {
 namespace {
@@ -18,13 +19,10 @@ struct Sm {
 constexpr Sm kH200Sm{1980, 1.95, 0.92}, kNativeSm{2400, 4, 0.85};
 
 constexpr double kSharedBytesAClock = 128;
-constexpr double kLaunchUs = 6.5;         // launch, first copies, last stores
-constexpr double kColdTileUs = 4.0;       // code of a 128 x 256 tile, first time
-constexpr double kTileStoreUs = 0.8;      // epilogue of 128 x 256, each further wave
-constexpr double kHandOverUs = 2.0;       // split: sums written, flag raised and seen
-constexpr double kHandedBytesAUs = 65e3;  // split: sums read by the CTA that adds them up
-constexpr double kDramShare =
-    0.95;  // of the nominal bandwidth, cold, with the whole ring on its way
+constexpr double kLaunchUs = 6.5;     // launch, first copies, last stores
+constexpr double kColdTileUs = 4.0;   // code of a 128 x 256 tile, first time
+constexpr double kTileStoreUs = 0.8;  // epilogue of 128 x 256, each further wave
+constexpr double kDramShare = 0.95;   // of the nominal bandwidth, cold, the whole ring on its way
 constexpr double kL2BytesAUs = 70e3;  // L2 to one SM
 constexpr double kMnColsCost = 1.03;  // of compute, where cols are MN-major rather than rows
 constexpr double kStageUs = 0.11;     // the copying thread, for the two copies of a stage
@@ -82,11 +80,7 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
   const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
   c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
               (waves - 1) * area / full * kTileStoreUs;
-  if (c.split) {
-    // A tile's first K-block may lie anywhere in a range.
-    const int64_t others = c.grid % tiles == 0 ? c.grid / tiles - 1 : ceil_div(c.grid, tiles);
-    c.tail_us += kHandOverUs + others * area * 4 / kHandedBytesAUs;
-  }
+  if (c.split) c.tail_us += hand_over_us(c.grid, tiles, area * 4);
   // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
   c.total_us =
       std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;

@@ -18,17 +18,17 @@ GemmInstance find_instance(const Bf16Operand& rows, const Bf16Operand& cols, int
 }
 
 CUtensorMap data_map(const Bf16Operand& x, int64_t k, int tile_rows, int block_k, int box_bytes,
-                     bool whole_pieces) {
+                     bool whole_atoms) {
   const int64_t group_stride = x.groups > 1 ? x.group_stride : 16;
   const int64_t lines = x.mn_major ? k : x.rows, line_bytes = 2 * (x.mn_major ? x.rows : k);
   const int box_lines = x.mn_major ? block_k : tile_rows;
-  const int pieces = 2 * (x.mn_major ? tile_rows : block_k) / box_bytes;
-  if (!x.mn_major && pieces == 1) {
+  const int atoms = 2 * (x.mn_major ? tile_rows : block_k) / box_bytes;
+  if (!x.mn_major && atoms == 1) {
     return operand_map(x.data, x.groups, lines, line_bytes, group_stride, x.stride, box_lines,
                        box_bytes);
   }
   return lines_map(x.data, x.groups, lines, line_bytes, group_stride, x.stride, box_lines,
-                   box_bytes, whole_pieces ? pieces : 0);
+                   box_bytes, whole_atoms ? atoms : 0);
 }
 
 int64_t chain_blocks(const Bf16Config& config) {
@@ -78,12 +78,12 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
       const bool tokens = problem.schedule >= Schedule::kSegments && &x == &problem.a;
       return !tokens && 2 * x.rows % box_bytes == 0;
     };
-    p.rows_whole_pieces = whole(rows, instance.rows_box_bytes);
-    p.cols_whole_pieces = whole(cols, instance.cols_box_bytes);
+    p.rows_whole_atoms = whole(rows, instance.rows_box_bytes);
+    p.cols_whole_atoms = whole(cols, instance.cols_box_bytes);
     p.rows =
-        data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes, p.rows_whole_pieces);
+        data_map(rows, k, tile.rows, tile.block_k, instance.rows_box_bytes, p.rows_whole_atoms);
     p.cols =
-        data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes, p.cols_whole_pieces);
+        data_map(cols, k, tile.cols, tile.block_k, instance.cols_box_bytes, p.cols_whole_atoms);
   }
   p.out = problem.out;
   p.groups = problem.groups;

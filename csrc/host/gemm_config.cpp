@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "host/math.h"
+#include "host/split_launch.h"
 #include "kernels/gemm.h"
 
 namespace sm120 {
@@ -47,13 +48,12 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
   return area >= 128 * 64 ? 0.85 : area >= 64 * 64 ? 0.6 : 0.41;
 }
 
-constexpr double kLaunchUs = 3.0;         // launch, first copies, last stores
-constexpr double kColdTileUs = 7.0;       // code of a large tile's body and epilogue, first time
-constexpr double kTileStoreUs = 0.4;      // epilogue of 128 x 128, each further wave
-constexpr double kGridBarrierUs = 2.5;    // split: barrier and reduction of few partial sums
-constexpr double kPartialBytesAUs = 4e6;  // split: their way through L2, written and read
-constexpr double kDramShare = 0.75;       // of the nominal bandwidth, cold
-constexpr double kL2BytesAUs = 70e3;      // L2 to one SM
+constexpr double kLaunchUs = 4.5;     // launch, first copies, last stores
+constexpr double kColdTileUs = 2.5;   // code of a 128 x 128 tile, first time
+constexpr double kTileStoreUs = 0.4;  // epilogue of 128 x 128, each further wave
+constexpr double kSlicesUs = 1.5;     // tile of 16 rows: its slices meet, each further wave
+constexpr double kDramShare = 0.75;   // of the nominal bandwidth, cold
+constexpr double kL2BytesAUs = 70e3;  // L2 to one SM
 
 // Time of `tiles` tiles on c.grid CTAs. All operands have `bytes`, and that share of the GPU's SMs
 // loads them.
@@ -78,9 +78,10 @@ void estimate(GemmConfig& c, const GemmShape& s, int64_t tiles, double bytes, do
   c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy));
 
   const double area = static_cast<double>(tile.rows) * tile.cols;
-  c.tail_us = kLaunchUs + std::min(kColdTileUs, area / 8192 * 6) +
-              (ceil_div(tiles, c.grid) - 1) * area / 16384 * kTileStoreUs;
-  if (c.split) c.tail_us += kGridBarrierUs + 2.0 * (tiles + c.grid) * area * 4 / kPartialBytesAUs;
+  c.tail_us = kLaunchUs + area / 16384 * kColdTileUs +
+              (ceil_div(tiles, c.grid) - 1) *
+                  (area / 16384 * kTileStoreUs + (tile.rows == 16 ? kSlicesUs : 0));
+  if (c.split) c.tail_us += hand_over_us(c.grid, tiles, area * 4);
   // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
   c.total_us =
       std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;

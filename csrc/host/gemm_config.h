@@ -25,6 +25,9 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //   128 x 16   the same with half the CTA count, for many weight rows.
 //   128 x 8    1 .. 8 tokens, as most experts have in decoding: half the work on tokens that are
 //              not there.
+//   16 x 8     1 .. 8 tokens beside few weight rows, both FP8: each warp has K-blocks of its own,
+//   so
+//              that 2112 weight rows are 132 whole tiles and no sum crosses a CTA.
 #define SM120_GEMM_TILES(X)         \
   X(128, 256, 2, TileFormats::kAny) \
   X(128, 128, 4, TileFormats::kAny) \
@@ -34,7 +37,8 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
   X(64, 32, 4, TileFormats::kAny)   \
   X(64, 16, 4, TileFormats::kAny)   \
   X(128, 16, 8, TileFormats::kAny)  \
-  X(128, 8, 8, TileFormats::kAny)
+  X(128, 8, 8, TileFormats::kAny)   \
+  X(16, 8, 1, TileFormats::kFp8)
 
 // kFp8: both operands.
 enum class TileFormats { kAny, kFp8 };

@@ -16,10 +16,27 @@ GemmInstance find_instance(OperandFormat rows, OperandFormat cols, int tile) {
   return cols == OperandFormat::kMxfp4 ? gemm_instance_fp4_fp4(tile) : gemm_instance_fp4_fp8(tile);
 }
 
-CUtensorMap data_map(const GemmOperand& x, int64_t k, int box_rows, int box_bytes) {
-  const int64_t row_bytes = x.format == OperandFormat::kMxfp4 ? k / 2 : k;
-  return operand_map(x.data, x.groups, x.rows, row_bytes, x.groups > 1 ? x.group_stride : 16,
-                     x.stride, box_rows, box_bytes);
+int64_t bytes_of(const GemmOperand& x, int64_t values) {
+  return x.format == OperandFormat::kMxfp4 ? values / 2 : values;
+}
+
+// What a stage has of a row is one box's line, or several; whether those are whole lines of the
+// row, so that one copy brings them.
+int lines_a_stage(const GemmOperand& x, int stage_blocks, int box_bytes) {
+  return static_cast<int>(bytes_of(x, stage_blocks * kBlockK) / box_bytes);
+}
+bool has_whole_lines(const GemmOperand& x, int64_t k, int box_bytes) {
+  return bytes_of(x, k) % box_bytes == 0;
+}
+
+CUtensorMap data_map(const GemmOperand& x, int64_t k, int box_rows, int box_bytes, int lines) {
+  const int64_t row_bytes = bytes_of(x, k), group_stride = x.groups > 1 ? x.group_stride : 16;
+  if (lines == 1) {
+    return operand_map(x.data, x.groups, x.rows, row_bytes, group_stride, x.stride, box_rows,
+                       box_bytes);
+  }
+  return lines_map(x.data, x.groups, x.rows, row_bytes, group_stride, x.stride, box_rows, box_bytes,
+                   has_whole_lines(x, k, box_bytes) ? lines : 0);
 }
 
 CUtensorMap scales_map(const GemmOperand& x, int64_t k, int box_rows, int box_words) {
@@ -48,11 +65,15 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   GemmParams p;
   std::memset(&p, 0, sizeof(p));
   if (k > 0) {
-    const int words = blocks_a_stage(rows.format == OperandFormat::kMxfp4, tile.cols);
-    p.rows = data_map(rows, k, tile.rows, instance.rows_box_bytes);
-    p.cols = data_map(cols, k, tile.cols, instance.cols_box_bytes);
-    p.rows_scale = scales_map(rows, k, tile.rows, words);
-    p.cols_scale = scales_map(cols, k, tile.cols, words);
+    const int blocks = instance.stage_blocks;
+    p.rows = data_map(rows, k, tile.rows, instance.rows_box_bytes,
+                      lines_a_stage(rows, blocks, instance.rows_box_bytes));
+    p.cols = data_map(cols, k, tile.cols, instance.cols_box_bytes,
+                      lines_a_stage(cols, blocks, instance.cols_box_bytes));
+    p.rows_whole_atoms = has_whole_lines(rows, k, instance.rows_box_bytes);
+    p.cols_whole_atoms = has_whole_lines(cols, k, instance.cols_box_bytes);
+    p.rows_scale = scales_map(rows, k, tile.rows, blocks);
+    p.cols_scale = scales_map(cols, k, tile.cols, blocks);
   }
   p.out = problem.out;
   p.groups = problem.groups;

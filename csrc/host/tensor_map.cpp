@@ -96,13 +96,13 @@ CUtensorMap operand_map(const void* data, int64_t groups, int64_t rows, int64_t 
 
 CUtensorMap lines_map(const void* data, int64_t groups, int64_t lines, int64_t line_bytes,
                       int64_t group_stride, int64_t stride, int box_lines, int box_bytes,
-                      int box_pieces) {
-  const bool whole = box_pieces > 0;
+                      int box_atoms) {
+  const bool whole = box_atoms > 0;
   return encode(CU_TENSOR_MAP_DATA_TYPE_UINT8, data,
                 {{uint64_t(whole ? box_bytes : line_bytes), 0, uint32_t(box_bytes)},
                  {uint64_t(lines), uint64_t(stride), uint32_t(box_lines)},
                  {uint64_t(whole ? line_bytes / box_bytes : 1), uint64_t(box_bytes),
-                  uint32_t(whole ? box_pieces : 1)},
+                  uint32_t(whole ? box_atoms : 1)},
                  {uint64_t(groups), uint64_t(group_stride), 1}},
                 swizzle_of(box_bytes));
 }

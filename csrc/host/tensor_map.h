@@ -16,13 +16,12 @@ CUtensorMap operand_map(const void* data, int64_t rows, int64_t row_bytes, int64
 CUtensorMap operand_map(const void* data, int64_t groups, int64_t rows, int64_t row_bytes,
                         int64_t group_stride, int64_t stride, int box_rows, int box_bytes);
 
-// An operand as bytes, [groups, lines, line_bytes], lines `stride` bytes apart, whose tiles are
-// longer than a box may be. Read in swizzled boxes of [box_lines, box_bytes] at a byte of the
-// lines; or, with box_pieces > 0, as [groups, line_bytes / box_bytes, lines, box_bytes], so many
-// pieces of the lines at once.
+// An operand as bytes: [groups, lines, line_bytes], lines `stride` bytes apart. Read in
+// swizzled boxes of [box_lines, box_bytes] at a byte of the lines; or, with box_atoms > 0, as
+// [groups, line_bytes / box_bytes, lines, box_bytes], so many atoms at once.
 CUtensorMap lines_map(const void* data, int64_t groups, int64_t lines, int64_t line_bytes,
                       int64_t group_stride, int64_t stride, int box_lines, int box_bytes,
-                      int box_pieces);
+                      int box_atoms);
 
 // Canonical packed scales: int32 [rows, words] with the rows contiguous and words `stride` int32
 // apart, read in boxes of one word of box_rows rows.

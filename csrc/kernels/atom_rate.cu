@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
   float acc[MT][NT][4] = {};
   Mma mma(0, 0);
   mma.template load_scales<ScaleRead::kAny>(sfa, sfb, 0x3210, 0x3210);
-  mma.template set_scales<0, Scaling>();
+  mma.template set_scales<Scaling>(0);
   for (int it = 0; it < iterations; ++it) {
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll

@@ -47,9 +47,9 @@ struct Bf16Traits {
   static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn && has_any_k(kCols);
 
   // Values of a line in one box, of at most 128 bytes. A tile of longer lines is several such
-  // pieces: atoms of an MN-major operand's rows, chunks of a K-major one's K.
+  // atoms: of an MN-major operand's rows or of a K-major one's K.
   static constexpr int kRowsAtom = kRows < 64 ? kRows : 64, kColsAtom = kCols < 64 ? kCols : 64;
-  static constexpr int kChunk = kK < 64 ? kK : 64;
+  static constexpr int kKAtom = kK < 64 ? kK : 64;
 
   // Shared-memory map: stages of rows and cols | full | empty | cut | tile queue
   static constexpr int kRowsBytes = 2 * kK * kRows, kColsBytes = 2 * kK * kCols;
@@ -76,7 +76,7 @@ struct Bf16Traits {
                                                                     : kStoreRows / 4;
 
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 && kStages <= kGemmThreads);
-  static_assert((kSlices & (kSlices - 1)) == 0 && kK % kChunk == 0 && kChunk >= 32);
+  static_assert((kSlices & (kSlices - 1)) == 0 && kK % kKAtom == 0 && kKAtom >= 32);
   static_assert(kSteps == 2, "buffers alternate by parity");
   static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
   static_assert(kRoundFragments >= 1 &&
@@ -98,21 +98,21 @@ struct Bf16Ring {
 
 // ---- Producer -----------------------------------------------------------------------------------
 
-// One operand's tile of the K-block that begins at k. Where a tile has several pieces: in one copy
-// if the matrix's lines consist of whole pieces, or else piece by piece.
-template <Major kMajor, int kBlockK, int kRows, int kPiece>
+// One operand's tile of the K-block that begins at k. Where it is several atoms: in one copy if the
+// matrix's lines consist of whole atoms, or else atom by atom.
+template <Major kMajor, int kBlockK, int kRows, int kAtom>
 __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
-                                             int k, int row, int group, bool whole_pieces) {
+                                             int k, int row, int group, bool whole_atoms) {
   constexpr bool kMn = kMajor == Major::kMn;
   constexpr int kLines = kMn ? kBlockK : kRows, kLine = kMn ? kRows : kBlockK;
   const int line = kMn ? k : row, at = kMn ? row : k;
-  if constexpr (!kMn && kLine == kPiece) {
+  if constexpr (!kMn && kLine == kAtom) {
     tma_load_3d(dst, map, full, 2 * at, line, group);
-  } else if (whole_pieces) {
-    tma_load_4d(dst, map, full, 0, line, at / kPiece, group);
+  } else if (whole_atoms) {
+    tma_load_4d(dst, map, full, 0, line, at / kAtom, group);
   } else {
 #pragma unroll
-    for (int first = 0; first < kLine; first += kPiece) {
+    for (int first = 0; first < kLine; first += kAtom) {
       tma_load_4d(dst + first * 2 * kLines, map, full, 2 * (at + first), line, 0, group);
     }
   }
@@ -154,11 +154,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   constexpr int kBytes = kCols ? T::kColsBytes : T::kRowsBytes;
   const CUtensorMap* map = kCols ? &p.cols : &p.rows;
   const bool grouped = kCols ? p.cols_grouped : p.rows_grouped;
-  const bool whole_pieces = kCols ? p.cols_whole_pieces : p.rows_whole_pieces;
+  const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
@@ -176,8 +176,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
-        load_operand<kMajor, T::kBlockK, kExtent, kMajor == Major::kK ? T::kChunk : kAtom>(
-            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_pieces);
+        load_operand<kMajor, T::kBlockK, kExtent, kMajor == Major::kK ? T::kKAtom : kAtom>(
+            dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_atoms);
       }
       if constexpr (T::kAnyK) {
         if (cut) {
@@ -218,8 +218,8 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4]) {
   constexpr int kSteps = T::kSteps, kPairs = T::NT / 2;
   constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
-  using Rows = ReaderBf16<T::kRowsMajor, T::kBlockRows, T::kBlockK, T::kRowsAtom, T::kChunk>;
-  using Cols = ReaderBf16<T::kColsMajor, T::kBlockCols, T::kBlockK, T::kColsAtom, T::kChunk>;
+  using Rows = ReaderBf16<T::kRowsMajor, T::kBlockRows, T::kBlockK, T::kRowsAtom, T::kKAtom>;
+  using Cols = ReaderBf16<T::kColsMajor, T::kBlockCols, T::kBlockK, T::kColsAtom, T::kKAtom>;
   const WarpPlace<T> place = WarpPlace<T>::now();
   const Rows rows = Rows::template at<true>(place.row, place.slice * kSteps);
   const Cols cols = Cols::template at<false>(place.col, place.slice * kSteps);
@@ -354,8 +354,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, kCopyWarps);
     mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, kMathWarps);
     mbarrier_init_fence();
-  } else if (threadIdx.x == kMathThreads) {
-    queue.init_barriers(kMathWarps + kCopyWarps);
+  } else if (threadIdx.x == kMathThreads + kWarpSize) {
     mbarrier_init(ring.cut(false), 1);
     mbarrier_init(ring.cut(true), 1);
     mbarrier_init_fence();
@@ -364,13 +363,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
       tma_prefetch_map(&p.cols);
     }
   }
-  __syncthreads();
-  pdl_wait();  // global memory may be touched from here on
-
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<T::kProducerRegisters>();
-    if (warp == kMathWarps) schedule<T>(p, queue);
+    if (warp == kMathWarps) return schedule<T>(p, queue, kMathWarps + kCopyWarps);
+    finish_setup();
     if (T::kAnyK || lane_id() == 0) {
       if (warp == kMathWarps + 1) produce<T, false>(p, ring, queue);
       if (warp == kMathWarps + 2) produce<T, true>(p, ring, queue);
@@ -378,9 +375,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     return;
   }
 
+  finish_setup();
   grow_registers<T::kMathRegisters>();
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

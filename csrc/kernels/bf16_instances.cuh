@@ -9,8 +9,8 @@ template <Bf16Majors kMajors, int kRows, int kCols, int kWarpsDown, int kSlices,
 GemmInstance make_bf16_instance() {
   using Traits = Bf16Traits<kRows, kCols, kWarpsDown, kSlices, kBlockK, kMajors>;
   return {bf16_gemm<Traits>, Traits::kSmemBytes,
-          2 * (Traits::kRowsMajor == Major::kK ? Traits::kChunk : Traits::kRowsAtom),
-          2 * (Traits::kColsMajor == Major::kK ? Traits::kChunk : Traits::kColsAtom)};
+          2 * (Traits::kRowsMajor == Major::kK ? Traits::kKAtom : Traits::kRowsAtom),
+          2 * (Traits::kColsMajor == Major::kK ? Traits::kKAtom : Traits::kColsAtom)};
 }
 
 #define SM120_INSTANCE(...) make_bf16_instance<SM120_MAJORS, __VA_ARGS__>(),

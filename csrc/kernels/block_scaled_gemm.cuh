@@ -4,8 +4,9 @@
 // a short queue, and one copies their operands and scales by TMA into a ring of stages; the first
 // eight multiply and store. A stage is one K-block: rows [block_rows, 128] and cols
 // [block_cols, 128], K-major and swizzled, and a packed scale word a row. Where few tokens meet FP4
-// rows it is two, so that a row of the copy is 128 bytes rather than 64; each half of the math
-// warps then has one of the two, and their sums are added when the tile ends.
+// rows it is two, so that a row of the copy is 128 bytes rather than 64, and in tiles of 16 rows
+// eight; the math warps then are as many slices, each of which has one of the blocks, and their
+// sums are added when the tile ends.
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
@@ -21,8 +22,8 @@ struct GemmTraits {
   static constexpr int kBlockRows = kRows, kBlockCols = kCols;
   static constexpr bool kRowsFp4 = kRowsFormat == Format::kFp4;
   static constexpr bool kColsFp4 = kColsFormat == Format::kFp4;
-  static constexpr int kDeep = blocks_a_stage(kRowsFp4, kCols);  // K-blocks a stage
-  static constexpr int kSliceWarps = kMathWarps / kDeep;         // that share a K-block
+  static constexpr int kDeep = blocks_a_stage(kRowsFp4, kRows, kCols);
+  static constexpr int kSliceWarps = kMathWarps / kDeep;  // that share a K-block
   static constexpr int kDown = kDeep == 1 ? kWarpsDown : kSliceWarps;
   static constexpr int kWarpsAcross = kSliceWarps / kDown;
   static constexpr int MT = kRows / kDown / 16, NT = kCols / kWarpsAcross / 8;
@@ -36,13 +37,14 @@ struct GemmTraits {
   //                    | tile queue | sums of the other slice
   static constexpr int kRowsBlockBytes = kBlockK / (kRowsFp4 ? 2 : 1);  // of a row, a K-block
   static constexpr int kColsBlockBytes = kBlockK / (kColsFp4 ? 2 : 1);
-  // Rows of a tile have at most the 128 bytes of a swizzle pattern: a second tile for the rest.
-  static constexpr int kRowsRowBytes = kDeep * kRowsBlockBytes;
-  static constexpr int kColsRowBytes = kColsFp4 ? kDeep * kColsBlockBytes : kColsBlockBytes;
-  static constexpr int kColsTiles = kDeep * kColsBlockBytes / kColsRowBytes;
+  // Rows of a tile have at most the 128 bytes of a swizzle pattern: more tiles for the rest.
+  static constexpr int row_bytes(int stage_bytes) { return stage_bytes < 128 ? stage_bytes : 128; }
+  static constexpr int kRowsRowBytes = row_bytes(kDeep * kRowsBlockBytes);
+  static constexpr int kColsRowBytes = row_bytes(kDeep * kColsBlockBytes);
+  static constexpr int kRowsTileBytes = kRows * kRowsRowBytes;
   static constexpr int kColsTileBytes = kCols * kColsRowBytes;
-  static constexpr int kRowsBytes = kRows * kRowsRowBytes;
-  static constexpr int kColsBytes = kColsTiles * kColsTileBytes;
+  static constexpr int kRowsBytes = kRows * kDeep * kRowsBlockBytes;
+  static constexpr int kColsBytes = kCols * kDeep * kColsBlockBytes;
   static constexpr int kRowsScaleBytes = 4 * kRows * kDeep, kColsScaleBytes = 4 * kCols * kDeep;
   static constexpr int kStageBytes = kRowsBytes + kColsBytes + kRowsScaleBytes + kColsScaleBytes;
   static constexpr int kSumsBytes = (kDeep - 1) * 4 * kRows * kCols;
@@ -70,8 +72,8 @@ struct GemmTraits {
   static constexpr int kSmemBytes = kSumsAt + kSumsBytes;
 
   static_assert(kSmemBytes == smem_bytes(kStages) && kSmemBytes <= kSmemLimit && kStages >= 2);
-  static_assert(kRowsRowBytes <= 128 && (kDeep == 1 || kSumsAt % 16 == 0));
-  static_assert(kRowsBytes % 1024 == 0 && kColsBytes % (8 * kColsRowBytes) == 0,
+  static_assert(kDeep == 1 || kSumsAt % 16 == 0);
+  static_assert(kRowsTileBytes % 1024 == 0 && kColsTileBytes % (8 * kColsRowBytes) == 0,
                 "swizzled tiles: aligned to the pattern, 8 rows");
   static_assert(MT >= 1 && NT >= 1 && kRows % (16 * kDown) == 0);
 };
@@ -102,6 +104,23 @@ struct Ring {
   __device__ uint32_t empty(int stage) const { return base + Traits::kEmptyAt + 8 * stage; }
 };
 
+// What a stage has of an operand, from byte x of the rows on: tiles of one line a row. Several come
+// in one copy if K is made of whole lines.
+template <int kTiles, int kTileBytes>
+__device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* map, uint32_t full,
+                                             int x, int row, int group, bool whole_lines) {
+  constexpr int kLineBytes = 128;
+  if constexpr (kTiles == 1) {
+    tma_load_3d(dst, map, full, x, row, group);
+  } else if (whole_lines) {
+    tma_load_4d(dst, map, full, 0, row, x / kLineBytes, group);
+  } else {
+    for (int i = 0; i < kTiles; ++i) {
+      tma_load_4d(dst + i * kTileBytes, map, full, x + i * kLineBytes, row, 0, group);
+    }
+  }
+}
+
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
 template <class T>
 __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQueue<T> queue) {
@@ -111,8 +130,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
@@ -121,13 +140,12 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
       next.advance();
       mbarrier_wait(ring.empty(next.stage), next.parity ^ 1);
       mbarrier_expect_tx(ring.full(), T::kStageBytes);
-      tma_load_3d(ring.rows(), &p.rows, ring.full(), block * T::kRowsBlockBytes, tile.row,
-                  p.rows_grouped ? tile.group : 0);
-      for (int i = 0; i < T::kColsTiles; ++i) {
-        tma_load_3d(ring.cols() + i * T::kColsTileBytes, &p.cols, ring.full(),
-                    block * T::kColsBlockBytes + i * T::kColsRowBytes, tile.col,
-                    p.cols_grouped ? tile.group : 0);
-      }
+      load_operand<T::kRowsBytes / T::kRowsTileBytes, T::kRowsTileBytes>(
+          ring.rows(), &p.rows, ring.full(), block * T::kRowsBlockBytes, tile.row,
+          p.rows_grouped ? tile.group : 0, p.rows_whole_atoms);
+      load_operand<T::kColsBytes / T::kColsTileBytes, T::kColsTileBytes>(
+          ring.cols(), &p.cols, ring.full(), block * T::kColsBlockBytes, tile.col,
+          p.cols_grouped ? tile.group : 0, p.cols_whole_atoms);
       tma_load_3d(ring.rows_scale(), &p.rows_scale, ring.full(), tile.row,
                   p.rows_gran.per_block ? block / 4 : block, p.rows_grouped ? tile.group : 0);
       tma_load_3d(ring.cols_scale(), &p.cols_scale, ring.full(), tile.col,
@@ -155,10 +173,15 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   // be helped, as that would wait for the scale words.
   constexpr int kReleaseAt = kFragments == 2 ? 0 : T::MT == 1 ? 1 : T::MT / 2;
   static_assert(kReleaseAt <= kFragments - 2, "before the ring moves on");
-  const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row, slice * T::kRowsBlockBytes);
+  // The slice's block within a stage: in which tile, and where in the tile's rows.
+  constexpr int kRowsLine = T::kRowsRowBytes / T::kRowsBlockBytes;  // blocks of a line
+  constexpr int kColsLine = T::kColsRowBytes / T::kColsBlockBytes;
+  const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row,
+                                                      slice % kRowsLine * T::kRowsBlockBytes);
   const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(
-      warp_col, T::kColsTiles == 1 ? slice * T::kColsBlockBytes : 0);
-  const int cols_tile = T::kColsTiles == 1 ? 0 : slice * T::kColsTileBytes;
+      warp_col, slice % kColsLine * T::kColsBlockBytes);
+  const int rows_tile = slice / kRowsLine * T::kRowsTileBytes;
+  const int cols_tile = slice / kColsLine * T::kColsTileBytes;
 
   // Software pipeline over the A fragments of all blocks in order: two ahead is on its way from
   // shared memory; with kConvertAhead the next is converted while one is multiplied.
@@ -170,14 +193,14 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   const auto load_fragment = [&](auto n) {  // n: 0 .. kFragments - 1 of the ring's current stage
     constexpr int kStep = n / T::MT;
     if constexpr (n % T::MT == 0) cols.load(b[kStep % kBufferedB], ring.cols() + cols_tile, kStep);
-    rows.load(a[n % 2], ring.rows(), n % T::MT, kStep);
+    rows.load(a[n % 2], ring.rows() + rows_tile, n % T::MT, kStep);
   };
   const auto run_block = [&](auto scaling, auto more) {
     using Scaling = decltype(scaling);
     static_for<kFragments>([&](auto n) {
       constexpr int kStep = n / T::MT, kAhead = n + 2;
       if constexpr (n % T::MT == 0) {
-        mma.template set_scales<kStep, Scaling>();
+        mma.template set_scales<Scaling>(kStep);
         mma.set_b(b[kStep % kBufferedB]);
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
@@ -200,6 +223,30 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
     });
     mma.template finish_block<Scaling>(acc);
   };
+  // Emulated, a block with scales far from 1 (see ScalingMode): rare, so step by step, in few
+  // instructions. A second run_block beside the first would have ptxas spill sums where they meet.
+  const auto run_irregular_block = [&](auto more) {
+    using Scaling = ScalingMode<false, true>;
+    release_stage(ring.empty(ring.data.stage));
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      cols.load(b[0], ring.cols() + cols_tile, step);
+      mma.set_b(b[0]);
+      mma.template set_scales<Scaling>(step);
+#pragma unroll
+      for (int i = 0; i < T::MT; ++i) {
+        rows.load(a[0], ring.rows() + rows_tile, i, step);
+        Mma::convert(fragment[0], a[0]);
+        mma.template multiply<0, Scaling>(i, acc[i], fragment[0]);
+      }
+    }
+    ring.data.advance();
+    if constexpr (more) {
+      mbarrier_wait(ring.full(), ring.data.parity);
+      static_for<2>(load_fragment);
+      Mma::convert(fragment[0], a[0]);
+    }
+  };
   // Which of a slot's scale words serves a block of this slice.
   const auto word = [&](const ScaleGran& gran, int block) {
     if constexpr (T::kDeep == 1) return 0;
@@ -216,13 +263,18 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         ring.cols_scale() + 4 * T::kBlockCols * word(p.cols_gran, block) + byte,
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
     ring.scale.advance();
-    if (kScalePerBlock || !mma.regular_scales()) {
+    if constexpr (kNative || kScalePerBlock) {
       run_block(ScalingMode<kScalePerBlock, true>{}, more);
+    } else if (mma.regular_scales()) {
+      run_block(ScalingMode<false, false>{}, more);
     } else {
-      run_block(ScalingMode<kScalePerBlock, kNative>{}, more);
+      run_irregular_block(more);
     }
   };
-  const auto skip_stage = [&] {  // the last one, where it has no block for slice 1
+  // The last stage may have blocks for the first slices only.
+  const int last_blocks = (tile.k_end - tile.k_begin) % T::kDeep;
+  const bool skips_last = last_blocks > 0 && slice >= last_blocks;
+  const auto skip_stage = [&] {
     mbarrier_wait(ring.full(), ring.data.parity);
     release_stage(ring.empty(ring.data.stage));
     ring.data.advance();
@@ -230,7 +282,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   };
   const int begin = tile.k_begin + slice;
   if (begin >= tile.k_end) {
-    if (T::kDeep > 1 && tile.k_begin < tile.k_end) skip_stage();
+    if (T::kDeep > 1 && skips_last) skip_stage();
     return;
   }
   mbarrier_wait(ring.full(), ring.data.parity);
@@ -239,32 +291,34 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
   for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
   next_block(last, std::false_type{});
-  if (T::kDeep > 1 && slice > 0 && (tile.k_end - tile.k_begin) % T::kDeep != 0) skip_stage();
+  if (T::kDeep > 1 && skips_last) skip_stage();
 }
 
-// Adds the sums of slice 1 to those of slice 0. Every math warp must call it.
+// Adds the sums of the other slices to those of slice 0. Every math warp must call it.
 template <class T>
 __device__ __forceinline__ void combine_slices(uint32_t base, float (&acc)[T::MT][T::NT][4],
                                                int slice) {
+  constexpr int kFragments = T::MT * T::NT;
+  // [slice - 1][fragment][thread]
   float4* sums =
       static_cast<float4*>(smem_pointer(base + T::kSumsAt)) + threadIdx.x % T::kStoreThreads;
-  if (slice == 1) {
+  if (slice > 0) {
 #pragma unroll
-    for (int f = 0; f < T::MT * T::NT; ++f) {
+    for (int f = 0; f < kFragments; ++f) {
       const float (&v)[4] = acc[f / T::NT][f % T::NT];
-      sums[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      sums[((slice - 1) * kFragments + f) * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
   named_barrier<1, kMathThreads>();
   if (slice == 0) {
 #pragma unroll
-    for (int f = 0; f < T::MT * T::NT; ++f) {
-      float (&v)[4] = acc[f / T::NT][f % T::NT];
-      const float4 other = sums[f * T::kStoreThreads];
+    for (int x = 0; x < (T::kDeep - 1) * kFragments; ++x) {
+      float (&v)[4] = acc[x % kFragments / T::NT][x % T::NT];
+      const float4 other = sums[x * T::kStoreThreads];
       v[0] += other.x, v[1] += other.y, v[2] += other.z, v[3] += other.w;
     }
   }
-  named_barrier<1, kMathThreads>();  // before slice 1 writes those of the next tile
+  named_barrier<1, kMathThreads>();  // before the others write those of the next tile
 }
 
 template <class T>
@@ -274,32 +328,28 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   Ring<T> ring;
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < T::kStages; ++s) {
-      mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
-      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
-    }
-    queue.init_barriers(kMathWarps + 1);
+  if (threadIdx.x < T::kStages) {
+    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, 1);
+    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, kMathWarps);
     mbarrier_init_fence();
   }
-  __syncthreads();
-  pdl_wait();  // global memory may be touched from here on
-
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<40>();
-    if (warp == kMathWarps) schedule<T>(p, queue);
+    if (warp == kMathWarps) return schedule<T>(p, queue, kMathWarps + 1);
+    finish_setup();
     if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
     return;
   }
+  finish_setup();
 
   grow_registers<232>();
   const int slice = T::kDeep == 1 ? 0 : warp / T::kSliceWarps;
   // Once for the main loop and once for the stores.
   const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
-  for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
+  for (;; queue.at.advance()) {
+    mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

@@ -28,10 +28,11 @@ struct GemmOutput {
 
 inline constexpr int kBlockK = 128;  // K of the main loop's unit, and of a scale word at gran_k 32
 
-// K-blocks that are copied together. Two for few tokens on FP4 rows, whose time is that of copying
-// the rows: 64 bytes of a row at a time, as in one block, come at half the bytes a second of 128.
-constexpr int blocks_a_stage(bool fp4_rows, int cols) {
-  return fp4_rows && cols <= 32 ? 2 : 1;
+// K-blocks that are copied together, for as many slices of the math warps. Eight where a tile has
+// 16 rows: each warp has one. Two for few tokens on FP4 rows, whose time is that of copying the
+// rows: 64 bytes of a row at a time, as in one block, come at half the bytes a second of 128.
+constexpr int blocks_a_stage(bool fp4_rows, int rows, int cols) {
+  return rows == 16 ? 8 : fp4_rows && cols <= 32 ? 2 : 1;
 }
 
 // gran_k of one operand, as the kernel uses it: words a K-block, and the byte selectors that pick
@@ -74,30 +75,34 @@ struct GemmGroups {
   int32_t step;          // tokens of a tile: the tile's extent, or the alignment if less
 };
 
+// In the order of their use: what a CTA needs to find its first tile shares a line of the constant
+// cache, which is cold when a kernel starts.
 struct GemmParams {
   CUtensorMap rows;        // bytes [groups, rows, K], box [block_rows, stage bytes], swizzled
   CUtensorMap cols;        // bytes [groups, cols, K]
   CUtensorMap rows_scale;  // int32 [groups, words, rows], box [blocks a stage, block_rows]
   CUtensorMap cols_scale;  // int32 [groups, words, cols]
-  GemmOutput out;
-  GemmGroups groups;
-  float* workspace;            // kSplit: [grid, block_rows * block_cols] sums handed over
-  uint64_t* flags;             // kSplit: [grid, kMathWarps], `token` when a warp has handed over
-  uint64_t token;              // kSplit: a value that uninitialised memory does not have
-  int32_t num_rows, num_cols;  // of one matrix
-  ScaleGran rows_gran, cols_gran;
+  Schedule schedule;
   int32_t row_tiles, col_tiles, k_blocks;
+  int32_t num_rows, num_cols;           // of one matrix
+  int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
+                                        // ranges have one more
   int32_t matrix_blocks;  // BF16: k_blocks of one matrix, at least 1; k_blocks is those of all
                           // where the product is summed over the groups as well
   int32_t chain;          // BF16: how much of K, in a Tile's units, a chain of MMAs adds up; longer
                           // sums go through carry
-  float* carry;           // BF16: [grid, block_rows * block_cols] sums of the chains before
-  int32_t range_blocks, longer_ranges;  // kSplit: K-blocks of a CTA's range; so many of the first
-                                        // ranges have one more
-  bool rows_whole_pieces, cols_whole_pieces;  // BF16: how the map sees the operand
-  bool rows_grouped, cols_grouped;            // the operand has a matrix for each group
+  // How the map sees an operand whose stages are several lines of 128 bytes a row, or several atoms
+  // of rows (BF16, MN-major): as whole ones, all in one copy.
+  bool rows_whole_atoms, cols_whole_atoms;
+  bool rows_grouped, cols_grouped;  // the operand has a matrix for each group
   bool swapped;
-  Schedule schedule;
+  ScaleGran rows_gran, cols_gran;
+  GemmGroups groups;
+  float* workspace;  // kSplit: [grid, block_rows * block_cols] sums handed over
+  uint64_t* flags;   // kSplit: [grid], `token` when a CTA has handed over
+  uint64_t token;    // kSplit: a value that uninitialised memory does not have
+  float* carry;      // BF16: [grid, block_rows * block_cols] sums of the chains before
+  GemmOutput out;
 };
 
 // A tile, as it goes from the warp that schedules to those that copy and multiply.
@@ -125,6 +130,7 @@ struct GemmInstance {
   GemmKernel kernel;
   int smem_bytes;
   int rows_box_bytes, cols_box_bytes;  // bytes of an operand's line that a box holds
+  int stage_blocks;                    // K-blocks that are copied together
 };
 
 // By index into kGemmTiles (host/gemm_config.h); named rows_cols.

@@ -17,7 +17,7 @@ GemmInstance make_instance() {
   } else {
     using Traits = GemmTraits<kRowsFormat, kColsFormat, kRows, kCols, kWarpsDown>;
     return {block_scaled_gemm<Traits>, Traits::kSmemBytes, Traits::kRowsRowBytes,
-            Traits::kColsRowBytes};
+            Traits::kColsRowBytes, Traits::kDeep};
   }
 }
 

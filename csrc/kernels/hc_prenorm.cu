@@ -271,7 +271,8 @@ __device__ __forceinline__ void store_partial(const PrenormParams& p, const Work
               });
   static_assert(T::MT * 16 == kPrenormGroupRows);
   const int row = lane_id() * p.group_rows, m = work.tile * kPrenormRows + first_row + row;
-  raise_flags(row < kPrenormGroupRows && m < p.m, group_flag(p, work.split, m), p.token);
+  __syncwarp();
+  if (row < kPrenormGroupRows && m < p.m) raise_flag(group_flag(p, work.split, m), p.token);
 }
 
 __device__ __forceinline__ void add(float4& sum, const float4& v) {

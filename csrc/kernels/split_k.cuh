@@ -4,12 +4,14 @@
 //
 // Of a tile that was cut, the CTA with the first K-block waits for the others' sums, adds them to
 // its own in the order of K (so the result does not depend on timing) and stores. All CTAs of a
-// split run at once: it is a cooperative launch. A warp waits for its like in the other CTAs alone,
-// by flags that nobody has to clear beforehand: raised, a flag has the launch's token, 64 bits that
+// split run at once: it is a cooperative launch. A CTA waits for the others of its tile alone, by
+// flags that nobody has to clear beforehand: raised, a flag has the launch's token, 64 bits that
 // memory does not hold by chance; and who has seen it takes it down, so that the token of a graph's
-// replay before is not found either.
+// replay before is not found either. A CTA has one flag, since a release orders all of an SM's
+// writes and those of several warps queue up behind each other.
 #pragma once
 #include "device/flag.cuh"
+#include "device/launch.cuh"
 #include "device/warp.cuh"
 #include "kernels/epilogue.cuh"
 #include "kernels/gemm.h"
@@ -25,8 +27,10 @@ __device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int cta
          static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + threadIdx.x;
 }
 
-__device__ __forceinline__ uint64_t* flag_of_warp(const GemmParams& p, int cta) {
-  return p.flags + cta * kMathWarps + threadIdx.x / kWarpSize;
+// Of the threads that hold sums.
+template <class T>
+__device__ __forceinline__ void sync_store_threads() {
+  named_barrier<2, T::kStoreThreads>();
 }
 
 template <class T, int MT, int NT>
@@ -37,7 +41,8 @@ __device__ __forceinline__ void hand_over(const GemmParams& p, const float (&acc
     const float (&v)[4] = acc[f / NT][f % NT];
     to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
   }
-  raise_flags(lane_id() == 0, flag_of_warp(p, blockIdx.x), p.token);
+  sync_store_threads<T>();
+  if (threadIdx.x == 0) raise_flag(p.flags + blockIdx.x, p.token);
 }
 
 // Adds what the `others` CTAs after this one have handed over.
@@ -45,7 +50,10 @@ template <class T, int MT, int NT>
 __device__ __forceinline__ void add_others(const GemmParams& p, int others,
                                            float (&acc)[MT][NT][4]) {
   constexpr int kFragments = MT * NT;
-  take_flags(flag_of_warp(p, blockIdx.x + 1), kMathWarps, others, p.token);
+  for (int i = threadIdx.x; i < others; i += T::kStoreThreads) {
+    take_flag(p.flags + blockIdx.x + 1 + i, p.token);
+  }
+  sync_store_threads<T>();
   const float4* from = handed_fragments<T, kFragments>(p, blockIdx.x + 1);
   // CTAs whose sums are loaded together: latency counts here, not bandwidth.
   constexpr int kAtOnce = kFragments < 16 ? 16 / kFragments : 1;

@@ -2,6 +2,7 @@
 // shared memory. A kernel's Traits say where it is (kQueueAt, a multiple of 16).
 #pragma once
 #include "device/barrier.cuh"
+#include "device/launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "kernels/tile_scheduler.cuh"
 
@@ -19,15 +20,12 @@ struct TileQueue {
   static constexpr int kEmptyAt = kFullAt + 8 * kTileSlots;
   static_assert(Traits::kQueueAt % 16 == 0);
 
-  uint32_t count = 0;  // of tiles so far: one register instead of RingState's two
-  uint32_t base;       // shared-memory address of the kernel's map
+  RingState<kTileSlots> at;
+  uint32_t base;  // shared-memory address of the kernel's map
 
-  static_assert((kTileSlots & (kTileSlots - 1)) == 0);
-  __device__ uint32_t slot() const { return count % kTileSlots; }
-  __device__ uint32_t parity() const { return count / kTileSlots % 2; }
-  __device__ uint32_t full() const { return base + kFullAt + 8 * slot(); }
-  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * slot(); }
-  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot(); }
+  __device__ uint32_t full() const { return base + kFullAt + 8 * at.stage; }
+  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * at.stage; }
+  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * at.stage; }
 
   // By one thread, before all others use it.
   __device__ void init_barriers(int readers) const {
@@ -56,10 +54,24 @@ struct TileQueue {
   }
 };
 
-// Scheduler: one warp, ahead of the others as far as the queue allows. With kChains, a tile whose
+// Ends a CTA's setup, for every warp at a place of its own: all barriers are there, and global
+// memory may be touched.
+__device__ __forceinline__ void finish_setup() {
+  named_barrier<0, kGemmThreads>();
+  pdl_wait();
+}
+
+// Scheduler: one warp, ahead of the others as far as the queue allows. It begins before the CTA's
+// setup is finished, unless global memory says which tiles there are. With kChains, a tile whose
 // sums are longer than one chain goes out as several, one after the other.
 template <class T>
-__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
+__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue, int readers) {
+  if (lane_id() == 0) {
+    queue.init_barriers(readers);
+    mbarrier_init_fence();
+  }
+  bool ready = p.schedule > Schedule::kBatch;
+  if (ready) finish_setup();
   TileScheduler<T> scheduler(p);
   Tile tile;
   do {
@@ -71,11 +83,13 @@ __device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue
         tile.chain |= tile.k_end < k_end ? kMore : 0;
       }
       if (lane_id() == 0) {
-        mbarrier_wait(queue.empty(), queue.parity() ^ 1);
+        mbarrier_wait(queue.empty(), queue.at.parity ^ 1);
         queue.write(tile);
         mbarrier_arrive(queue.full());
       }
-      ++queue.count;
+      if (!ready) finish_setup();
+      ready = true;
+      queue.at.advance();
       tile.k_begin = tile.k_end, tile.chain = kCarried;
     } while (T::kChains && tile.k_begin < k_end);
   } while (tile.group >= 0);

@@ -157,7 +157,7 @@ struct WarpTile {
       mma.template load_scales<kRead>(kRowsScaleAt, kColsScaleAt, selector, selector);
       static_for<kBlockK / Mma::kStepK>([&](auto step) {
         constexpr int kStep = step;
-        mma.template set_scales<kStep, Scaling>();
+        mma.template set_scales<Scaling>(kStep);
         typename Mma::RawB b[NT];
         cols.load(b, kColsAt, kStep);
         mma.set_b(b);
