@@ -24,7 +24,7 @@ namespace sm120 {
 template <class T, int kFragments>
 __device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int cta) {
   return reinterpret_cast<float4*>(p.workspace) +
-         static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + threadIdx.x;
+         static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + opaque(threadIdx.x);
 }
 
 // Of the threads that hold sums.
@@ -42,7 +42,7 @@ __device__ __forceinline__ void hand_over(const GemmParams& p, const float (&acc
     to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
   }
   sync_store_threads<T>();
-  if (threadIdx.x == 0) raise_flag(p.flags + blockIdx.x, p.token);
+  if (opaque(threadIdx.x) == 0) raise_flag(p.flags + blockIdx.x, p.token);
 }
 
 // Adds what the `others` CTAs after this one have handed over.
@@ -50,7 +50,7 @@ template <class T, int MT, int NT>
 __device__ __forceinline__ void add_others(const GemmParams& p, int others,
                                            float (&acc)[MT][NT][4]) {
   constexpr int kFragments = MT * NT;
-  for (int i = threadIdx.x; i < others; i += T::kStoreThreads) {
+  for (int i = opaque(threadIdx.x); i < others; i += T::kStoreThreads) {
     take_flag(p.flags + blockIdx.x + 1 + i, p.token);
   }
   sync_store_threads<T>();
