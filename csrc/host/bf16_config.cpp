@@ -23,7 +23,7 @@ constexpr double kLaunchUs = 6.5;     // launch, first copies, last stores
 constexpr double kColdTileUs = 4.0;   // code of a 128 x 256 tile, first time
 constexpr double kTileStoreUs = 0.8;  // epilogue of 128 x 256, each further wave
 constexpr double kDramShare = 0.95;   // of the nominal bandwidth, cold, the whole ring on its way
-constexpr double kL2BytesAUs = 70e3;  // L2 to one SM
+constexpr double kL2BytesAUs = 60e3;  // L2 to one SM
 constexpr double kMnColsCost = 1.03;  // of compute, where cols are MN-major rather than rows
 constexpr double kStageUs = 0.11;     // the copying thread, for the two copies of a stage
 
@@ -59,9 +59,12 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
   const Sm& sm = gpu.native ? kNativeSm : kH200Sm;
   const int64_t blocks = k_blocks(tile, s);
   // Compute: the busiest CTA's K-blocks, as waves of whole tiles or as an equal share of blocks.
-  const double block_us =
-      std::max({clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
-                2.0 * tile.block_k * (tile.rows + tile.cols) / kL2BytesAUs, kStageUs});
+  const int64_t rows = c.swapped ? s.n : s.m, cols = c.swapped ? s.m : s.n;
+  // Of what all CTAs load at the same time, a part comes once for several of them.
+  const double loaded = tile.rows * (tiles > ceil_div(cols, tile.cols) ? 1 : 0.75) +
+                        tile.cols * (tiles > ceil_div(rows, tile.rows) ? 1 : 0.75);
+  const double block_us = std::max({clocks_a_step(tile, sm) * (tile.block_k / 16) / sm.mhz,
+                                    2.0 * tile.block_k * loaded / kL2BytesAUs, kStageUs});
   const int64_t waves = ceil_div(tiles, c.grid);
   c.compute_us = (c.split ? ceil_div(tiles * blocks, c.grid) : waves * blocks) * block_us;
   if (c.swapped ? s.a_mn_major : s.b_mn_major) c.compute_us *= kMnColsCost;
@@ -69,7 +72,6 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
   // Rows and columns past the edge take room in the ring from those on their way.
-  const int64_t rows = c.swapped ? s.n : s.m, cols = c.swapped ? s.m : s.n;
   const double useful =
       static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
       (tile.rows + tile.cols);
