@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   while (true) {
     mma.correct(acc, rows(key), words);
     if (--left == 0) break;
-    const int own = opaque(tile_key + key + mma.own_key());
+    const int current = opaque(tile_key + key);
     const uint32_t copied = pages >> (key >> p.page_shift) & 1;  // of lane 0
     const float factor = mma.row_factor();
     if (turns) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
     }
     turns = key + step >= kTileKeys;
     mma.last_step(acc, rows(key), scales(key));
-    finish_keys<T>(p, share, acc, own, from_lane(copied, 0), factor);
+    finish_keys<T>(p, share, acc, current + mma.own_key(), from_lane(copied, 0), factor);
     mma.first_steps(acc, rows(key));
     full = ring.next_is_full();
   }
