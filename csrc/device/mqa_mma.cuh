@@ -192,9 +192,10 @@ class MqaMma {
     });
   }
 
-  __device__ __forceinline__ void correct(float (&acc)[NT][4], uint32_t rows, uint32_t words) {
+  __device__ __forceinline__ void correct(float (&acc)[NT][4], uint32_t rows, uint32_t scales,
+                                          uint32_t words) {
     if constexpr (kFoldScales) {
-      if (!fold_.regular) multiply_irregular(acc, rows, words);
+      if (!fold_.regular) multiply_irregular(acc, rows, load_scale(scales), words);
     }
   }
 
@@ -275,11 +276,12 @@ class MqaMma {
 #else
   // Makes these the scales of the current keys. Each lane works out those of one row.
   __device__ __forceinline__ void accept(uint32_t word) {
-    word_ = word;
-    if constexpr (kFoldScales) {
+    if constexpr (!kFoldScales) {
+      word_ = word;
+    } else {
       const RowScale<kBlocks> own(word);
       const uint32_t other = from_lane_xor(own.multipliers, 1);
-      const bool odd = lane_id() % 2;
+      const bool odd = own_key_ & 8;
       fold_.top = odd ? other : own.multipliers;
       fold_.bottom = odd ? own.multipliers : other;
       fold_.regular = all_lanes(own.regular) && fold_.q_regular;
@@ -380,10 +382,10 @@ class MqaMma {
   // Some row or column is irregular: every 32-block's product is scaled by itself. All steps; the
   // last one that follows adds nothing.
   __device__ __forceinline__ void multiply_irregular(float (&acc)[NT][4], uint32_t rows,
-                                                     uint32_t words) {
-    const uint32_t other = from_lane_xor(word_, 1);
+                                                     uint32_t word, uint32_t words) {
+    const uint32_t other = from_lane_xor(word, 1);
     const bool odd = lane_id() % 2;
-    const uint32_t own[2] = {odd ? other : word_, odd ? word_ : other};  // rows g, g + 8
+    const uint32_t own[2] = {odd ? other : word, odd ? word : other};  // rows g, g + 8
     clear(acc);
     fold_.factor = __uint_as_float((127 + 6) << 23);
 #pragma unroll

@@ -24,6 +24,7 @@ struct Share {
   KeyRange window;   // lane i: of query i
   Target target;     // of query t / 2, with t the lane's number in its group of four
   int key_shift;     // log2(key_warps)
+  int own_key;       // of 16, whose logit this lane stores: g + 8 * (t % 2)
   uint32_t columns;  // address of the weights of this lane's heads, 2t and 2t + 1 of each tile
   uint32_t slot;     // of the sums that the halves join; changes from one join to the next
 };
@@ -99,14 +100,15 @@ __device__ __forceinline__ float join_halves(Share& share, float sum) {
   return sum + __uint_as_float(lds32(slot));
 }
 
-// Sums heads and stores the logits of 16 keys. `known`: they lie in a page that was copied. Two
-// queries at a time: lane 4g + t ends up with its own key, g + 8 * (t % 2), of query t / 2 of them.
+// Sums heads and stores the logits of 16 keys from `key` on. `known`: they lie in a page that was
+// copied. Two queries at a time: lane 4g + t ends up with its own key of query t / 2 of them.
 template <class T>
 __device__ __forceinline__ void finish_keys(const MqaParams& p, Share& share,
-                                            const float (&acc)[T::NT][4], int own, bool known,
+                                            const float (&acc)[T::NT][4], int key, bool known,
                                             float factor) {
   constexpr int kTilesOfQuery = T::NT / T::kQueries;
   const int t = lane_id() % 4;
+  const bool odd = share.own_key & 8;  // t % 2; one instruction rather than three
   // Sums over heads 2t, 2t + 1 of all tiles, for keys g and g + 8; even and odd tiles apart.
   constexpr int kParts = kTilesOfQuery > 1 ? 2 : 1;
   float sum[T::kQueries][kParts][2], w[4];
@@ -137,11 +139,11 @@ __device__ __forceinline__ void finish_keys(const MqaParams& p, Share& share,
         s[h] = (t < 2 ? s[h] : other[h]) + from_lane_xor(t < 2 ? other[h] : s[h], 2);
       }
     }
-    float value = (t % 2 ? s[1] : s[0]) + from_lane_xor(t % 2 ? s[0] : s[1], 1);
+    float value = (odd ? s[1] : s[0]) + from_lane_xor(odd ? s[0] : s[1], 1);
     if constexpr (T::kQueries == 1) value += from_lane_xor(value, 2);
     if constexpr (T::kHalves) value = join_halves(share, value);
     const Target to = query == 0 ? share.target : target_of<T>(p, share, query + t / 2);
-    store_logit(p, to, own, known ? value * factor : -INFINITY);
+    store_logit(p, to, key + share.own_key, known ? value * factor : -INFINITY);
   }
 }
 
@@ -180,7 +182,7 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
   bool turns = key + step >= kTileKeys;
   bool full = ring.next_is_full();  // asked for early: the answer takes a while
   while (true) {
-    mma.correct(acc, rows(key), words);
+    mma.correct(acc, rows(key), scales(key), words);
     if (--left == 0) break;
     const int current = opaque(tile_key + key);
     const uint32_t copied = pages >> (key >> p.page_shift) & 1;  // of lane 0
@@ -196,15 +198,14 @@ __device__ __forceinline__ void multiply_keys(const MqaParams& p, MqaRing<T>& ri
     }
     turns = key + step >= kTileKeys;
     mma.last_step(acc, rows(key), scales(key));
-    finish_keys<T>(p, share, acc, current + mma.own_key(), from_lane(copied, 0), factor);
+    finish_keys<T>(p, share, acc, current, from_lane(copied, 0), factor);
     mma.first_steps(acc, rows(key));
     full = ring.next_is_full();
   }
   const uint32_t copied = pages >> (key >> p.page_shift) & 1;
   ring.release();
   mma.last_step(acc);
-  finish_keys<T>(p, share, acc, tile_key + key + mma.own_key(), from_lane(copied, 0),
-                 mma.row_factor());
+  finish_keys<T>(p, share, acc, tile_key + key, from_lane(copied, 0), mma.row_factor());
   skip_keys(ring, tiles - stop);
 }
 
@@ -212,6 +213,7 @@ template <class T>
 __device__ __forceinline__ void consume_mqa(const MqaParams& p, MqaRing<T> ring) {
   typename T::Mma mma;
   Share share;
+  share.own_key = mma.own_key();
   share.columns = opaque(own_columns<T>(ring.base) + 16 * (lane_id() % 4));
   share.slot = ring.base + T::kPartnersAt + threadIdx.x / kWarpSize / 2 * 128;
   while (true) {
