@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from reference import FP4, Operand, random_operand
 
-# 128 x 128 with 64x32 warps is compiled for FP8 beside FP8 alone.
-FP8_ONLY_TILE = 2
+# 128 x 128 with 64x32 warps, and 16 x 8, are compiled for FP8 beside FP8 alone.
+FP8_ONLY_TILES = (2, 9)
 
 
 def run_forced(
@@ -53,6 +53,6 @@ def legal_configs(fmt_a: str, fmt_b: str, k: int) -> Iterator[tuple[int, bool, b
             continue
         if split and k <= 128:
             continue
-        if tile == FP8_ONLY_TILE and FP4 in (fmt_a, fmt_b):
+        if tile in FP8_ONLY_TILES and FP4 in (fmt_a, fmt_b):
             continue
         yield tile, swapped, split

@@ -35,6 +35,15 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
       " {%8,%9}, {%0,%1,%2,%3};" SM120_MMA_OPERANDS(d, a, b));
 }
 
+// The same with C = 0.
+__device__ __forceinline__ void mma_bf16_zero(float (&d)[4], const uint32_t (&a)[4],
+                                              const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+      " {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+}
+
 // Bits of a float32 -> of the nearest TF32, ties away from zero; Inf and NaN stay. PTX ISA "cvt".
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;

@@ -112,11 +112,13 @@ __device__ __forceinline__ void store_if(bool yes, float* p, float value) {
                "l"(p), "f"(value)
                : "memory");
 }
-__device__ __forceinline__ void store_if(bool yes, uint16_t* p, uint16_t value) {
-  asm volatile("{\n.reg .pred q;\nsetp.ne.u32 q, %0, 0;\n@q st.global.u16 [%1], %2;\n}" ::"r"(
-                   static_cast<uint32_t>(yes)),
-               "l"(p), "h"(value)
-               : "memory");
+// As bf16.
+__device__ __forceinline__ void store_if(bool yes, uint16_t* p, float value) {
+  asm volatile(
+      "{\n.reg .pred q;\n.reg .b16 h;\nsetp.ne.u32 q, %0, 0;\ncvt.rn.bf16.f32 h, %2;\n"
+      "@q st.global.b16 [%1], h;\n}" ::"r"(static_cast<uint32_t>(yes)),
+      "l"(p), "f"(value)
+      : "memory");
 }
 
 // v += *p, as one piece, so that the compiler does not want registers for many loads at a time.

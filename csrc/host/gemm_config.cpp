@@ -31,11 +31,11 @@ double peak_flops_a_us(const GemmShape& s, bool native) {  // of one SM, with th
 // of FP8 would ask it for 27 KB a microsecond and SM.
 double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
   if (t.rows * t.cols > 128 * 128) return native ? 1.1 : 0.3;
+  const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
   if (t.rows * t.cols == 128 * 128) {
     // Two formats of warp tile: see the table. Emulated ones as measured; native code is shorter
     // with 32x64 warps.
     const bool fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
-    const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
     return (t.warps_down == 2) == (fp8 && !native && coarse) ? 1.0 : 0.95;
   }
   if (!native && (s.a == OperandFormat::kMxfp4 || s.b == OperandFormat::kMxfp4) && t.cols <= 32) {
@@ -43,9 +43,9 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
     return t.cols == 8 ? 0.35 : t.cols == 32 ? 0.5 : t.rows == 128 ? 0.45 : 0.33;
   }
   if (t.cols == 8) return 0.21;  // by its instructions, beside those of 128 x 16
-  if (t.cols == 16) return t.rows == 128 ? 0.33 : 0.24;
+  if (t.cols == 16) return t.rows == 128 ? 0.38 : 0.3;
   const int area = t.rows * t.cols;
-  return area >= 128 * 64 ? 0.85 : area >= 64 * 64 ? 0.6 : 0.41;
+  return area >= 128 * 64 ? (coarse ? 0.85 : 0.93) : area >= 64 * 64 ? 0.6 : 0.41;
 }
 
 constexpr double kLaunchUs = 4.5;     // launch, first copies, last stores

@@ -32,6 +32,7 @@ cudaError_t launch_mqa_logits(MqaParams& p, const MqaQueries& q, const MqaKeys& 
     p.rows.cells = static_cast<int>(ceil_div(p.rows.num_rows, p.rows.cell_rows));
   }
   p.rows.overhead = 1;  // 2 where tiles are short makes no difference that can be measured
+  p.value_bytes = p.bf16 ? 2 : 4;
   p.heads_shift = log2_of(p.heads);
   p.page_shift = log2_of(p.block_kv);
   p.scale_shift = p.block_kv == 16 ? 3 : 2;  // TMA writes to multiples of 128 bytes

@@ -41,32 +41,30 @@ __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
 }
 
 // Calls visit(element offset in D or C, fragment element) for the product's elements that a warp
-// has, given the strides of that matrix. (row, col) in the MMA's product.
+// has, given the strides of that matrix. (row, col) in the MMA's product. What is done for each
+// element is short and without jumps, since the code is cold more often than not.
 template <Access kColAccess, bool kHeadSplit, int MT, int NT, class Visit>
 __device__ __forceinline__ void for_elements(const Store& to, int64_t stride,
                                              float (&acc)[MT][NT][4], int row, int col,
                                              const Visit& visit) {
+  if (row >= to.row_end || col >= to.col_end) return;
   const int g = lane_id() / 4, t = lane_id() % 4;
-  // Elements between neighbours of the product, where there is no head split.
   const int64_t down = to.swapped ? 1 : stride, across = to.swapped ? stride : 1;
+  // A head split moves columns of D and C: rows of a swapped product.
+  const auto offset = [&](int i, int64_t step, bool is_column) {
+    return is_column && kHeadSplit ? output_column<true>(to.out, i) : i * step;
+  };
+  int64_t row_at[2 * MT];
 #pragma unroll
-  for (int i = 0; i < MT; ++i) {
+  for (int y = 0; y < 2 * MT; ++y) row_at[y] = offset(row + 8 * y + g, down, to.swapped);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int m = row + 16 * i + 8 * h + g;
-      if (m >= to.row_end) continue;
+  for (int x = 0; x < 2 * NT; ++x) {
+    const int n = col + 8 * (x / 2) + fragment_column<kColAccess>(2 * t + x % 2);
+    const int64_t col_at = offset(n, across, !to.swapped);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int first = col + fragment_column<kColAccess>(2 * t + e);
-        int64_t at = m * down + first * across;
-#pragma unroll
-        for (int j = 0; j < NT; ++j, at += 8 * across) {
-          const int n = first + 8 * j;
-          if (n >= to.col_end) continue;
-          // A head split moves columns of D and C: rows of a swapped product.
-          const int column = to.swapped ? m : n;
-          visit(at + output_column<kHeadSplit>(to.out, column) - column, acc[i][j][2 * h + e]);
-        }
+    for (int y = 0; y < 2 * MT; ++y) {
+      if (row + 8 * y + g < to.row_end && n < to.col_end) {
+        visit(row_at[y] + col_at, acc[y / 2][x / 2][y % 2 * 2 + x % 2]);
       }
     }
   }

@@ -27,7 +27,7 @@ struct MqaParams {
   int64_t entries_a_cta;            // of the block table, which has table_entries in all
   void* out;                        // [rows, columns]
   int64_t out_stride;
-  int32_t columns;
+  int32_t columns, value_bytes;  // 2 or 4 for a logit
   bool bf16, clean;
 };
 

@@ -15,21 +15,19 @@ __device__ __forceinline__ void store_logit(const MqaParams& p, int64_t at, floa
   }
 }
 
-// The keys from `begin` on whose logits are to be stored, and where in `out` that of key 0 would
-// be.
+// The keys from `begin` on whose logits are to be stored, and the address that key 0's would have.
 struct Target {
   int begin;
   uint32_t keys;
-  int64_t at;
+  char* at;
 };
 
 __device__ __forceinline__ void store_logit(const MqaParams& p, const Target& to, int key,
                                             float value) {
   const bool stores = static_cast<uint32_t>(key - to.begin) < to.keys;
-  const int64_t at = to.at + key;
-  store_if(stores && !p.bf16, static_cast<float*>(p.out) + at, value);
-  store_if(stores && p.bf16, static_cast<uint16_t*>(p.out) + at,
-           __bfloat16_as_ushort(__float2bfloat16(value)));
+  char* at = to.at + static_cast<int64_t>(key) * p.value_bytes;
+  store_if(stores && !p.bf16, reinterpret_cast<float*>(at), value);
+  store_if(stores && p.bf16, reinterpret_cast<uint16_t*>(at), value);
 }
 
 // Writes -inf outside the windows of all rows, in pieces that the grid's fill warps share out.

@@ -82,26 +82,28 @@ __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, const Cell& cell
   return {keys.begin / 16 * 16, keys.end};
 }
 
-// The same by the cell's number. Most often its length stands in `ends`: then few instructions are
-// enough.
+// Most often a cell's length stands in `ends`: then few instructions are enough.
+__host__ __device__ __forceinline__ bool has_length_a_cell(const MqaRows& r) {
+  return r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1);
+}
+__device__ __forceinline__ KeyRange keys_of_length(const MqaRows& r, int length) {
+  return {0, max(min(length, r.limit), 0)};
+}
+
+// The keys of a cell by its number.
 __device__ __forceinline__ KeyRange cell_keys(const MqaRows& r, int cell) {
-  if (r.starts == nullptr && r.indices == nullptr && (!r.length_a_row || r.cell_rows == 1)) {
-    return {0, max(min(r.ends[cell], r.limit), 0)};
-  }
+  if (has_length_a_cell(r)) return keys_of_length(r, r.ends[cell]);
   return cell_keys(r, cell_at(r, cell));
 }
 
 __device__ __forceinline__ int tiles_of(const KeyRange& keys) {
-  return (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
+  return static_cast<uint32_t>(keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
 }
 
 // Tiles and overhead.
 __device__ __forceinline__ int units_of(const MqaRows& r, const KeyRange& keys) {
   const int tiles = tiles_of(keys);
   return tiles > 0 ? tiles + r.overhead : 0;
-}
-__device__ __forceinline__ int cell_units(const MqaRows& r, int cell) {
-  return units_of(r, cell_keys(r, cell));
 }
 
 struct Cursor {
@@ -128,8 +130,20 @@ struct EqualParts {
       rest = n % parts;
     }
   }
-  __device__ __forceinline__ int64_t start(int c) const {
-    return c * each + static_cast<uint32_t>(c) * rest / parts;
+  struct Start {
+    int64_t at;
+    uint32_t fraction;  // of `parts`
+  };
+  __device__ __forceinline__ Start start(int c) const {
+    const uint32_t over = static_cast<uint32_t>(c) * rest;
+    return {c * each + over / parts, over % parts};
+  }
+  // From one start to the next, without a division.
+  __device__ __forceinline__ void advance(Start& start) const {
+    start.fraction += rest;
+    const bool carries = start.fraction >= parts;
+    start.at += each + carries;
+    if (carries) start.fraction -= parts;
   }
 };
 
@@ -146,7 +160,8 @@ __device__ __forceinline__ Sum prefix_of_warp(Sum value) {
 
 // Writes the cursors of ranges first .. last of `ctas` to out[0 ..]; range c starts at unit
 // c * total / ctas. Every thread of a block of kWarps warps must call it; `sums` is shared memory.
-template <int kWarps>
+// kLengthACell: of rows with has_length_a_cell() alone, whose lengths can be loaded many at a time.
+template <int kWarps, bool kLengthACell = false>
 __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int first, int last,
                                              Cursor* out, int64_t (&sums)[kWarps]) {
   constexpr uint32_t kThreads = kWarps * kWarpSize;
@@ -154,9 +169,24 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   // Each thread takes a contiguous part of the cells.
   const uint32_t cells = r.cells, part = (cells + kThreads - 1) / kThreads;
   const int begin = min(threadIdx.x * part, cells), end = min(begin + part, cells);
+  const auto units_at = [&](int cell) {
+    return units_of(r, kLengthACell ? keys_of_length(r, r.ends[cell]) : cell_keys(r, cell));
+  };
+  constexpr int kAtOnce = kLengthACell ? 8 : 1;
   int64_t sum = 0;
 #pragma unroll 1
-  for (int cell = begin; cell < end; ++cell) sum += cell_units(r, cell);
+  for (int cell = begin; cell < end; cell += kAtOnce) {
+    if constexpr (kLengthACell) {
+      int length[kAtOnce], units = 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) length[i] = cell + i < end ? r.ends[cell + i] : 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) units += units_of(r, keys_of_length(r, length[i]));
+      sum += units;
+    } else {
+      sum += units_at(cell);
+    }
+  }
   const int64_t upto = prefix_of_warp(sum);
   if (lane == kWarpSize - 1) sums[warp] = upto;
   __syncthreads();
@@ -165,28 +195,27 @@ __device__ __forceinline__ void find_cursors(const MqaRows& r, int ctas, int fir
   const int64_t below = from_lane(warps, max(warp - 1, 0));
   int64_t before = upto - sum + (warp > 0 ? below : 0);
   const EqualParts ranges(total, ctas);
-  // Ranges that start behind the last unit.
+  // Ranges that start behind the last unit: the one after all, or each if there is no unit.
 #pragma unroll 1
   for (int c = first + static_cast<int>(threadIdx.x); c <= last; c += kThreads) {
-    if (ranges.start(c) == total) out[c - first] = {r.cells, 0};
+    if (c == ctas || total == 0) out[c - first] = {r.cells, 0};
   }
   if (sum == 0) return;
   // The first range that does not start before this part does, or a little less, by an estimate.
   const float about = static_cast<float>(before) *
                       rough_quotient(static_cast<float>(ctas), static_cast<float>(total));
   int c = max(first, static_cast<int>(about * (1 - 0x1p-20f)) - 1), cell = begin;
+  auto start = ranges.start(c);
 #pragma unroll 1
-  for (; c <= last; ++c) {
-    const int64_t start = ranges.start(c);
-    if (start >= before + sum) break;
-    if (start < before) continue;
+  for (; c <= last && start.at < before + sum; ++c, ranges.advance(start)) {
+    if (start.at < before) continue;
     // The last cell of the part has what is left, so it is not loaded again.
     for (; cell + 1 < end; ++cell) {
-      const int units = cell_units(r, cell);
-      if (start < before + units) break;
+      const int units = units_at(cell);
+      if (start.at < before + units) break;
       before += units, sum -= units;
     }
-    out[c - first] = {cell, max(static_cast<int>(start - before) - r.overhead, 0)};
+    out[c - first] = {cell, max(static_cast<int>(start.at - before) - r.overhead, 0)};
   }
 }
 

@@ -121,7 +121,7 @@ template <Format kRowsFormat, Format kColsFormat, int kRows, int kCols, int kDow
 struct WarpTile {
   static constexpr Format kA = kRowsFormat, kB = kColsFormat;
   static constexpr int kTileRows = kRows, kTileCols = kCols;
-  static constexpr int kDeep = blocks_a_stage(kA == Format::kFp4, kCols);
+  static constexpr int kDeep = blocks_a_stage(kA == Format::kFp4, kRows, kCols);
   static constexpr int kSliceWarps = 8 / kDeep;
   static constexpr int kWarpsDown = kDeep == 1 ? kDown : kSliceWarps;
   static constexpr int kAcross = kSliceWarps / kWarpsDown;
