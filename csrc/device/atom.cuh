@@ -43,13 +43,14 @@ __device__ __forceinline__ uint32_t scale_selector(const ScaleGran& gran, int bl
 // The scales of one row or column in a K-block, out of its word in shared memory.
 //   kFine    gran_k 32 and a whole block: the word as it is.
 //   kCoarse  gran_k 128: one byte, at the address of the word + block % 4; the others stay 0.
+//   kSpread  one byte, at its address: what a lane of SpreadMma needs (device/spread_mma.cuh).
 //   kAny     four scales by a byte selector.
-enum class ScaleRead { kFine, kCoarse, kAny };
+enum class ScaleRead { kFine, kCoarse, kSpread, kAny };
 
 template <ScaleRead kRead>
 __device__ __forceinline__ uint32_t read_scale(uint32_t address, uint32_t selector) {
   if constexpr (kRead == ScaleRead::kFine) return lds32(address);
-  if constexpr (kRead == ScaleRead::kCoarse) return lds8(address);
+  if constexpr (kRead == ScaleRead::kCoarse || kRead == ScaleRead::kSpread) return lds8(address);
   return prmt(lds32(address), kNoScale, selector);
 }
 
@@ -87,12 +88,14 @@ class WarpMma {
   using RawA = uint32_t[kAccessA == Access::kPackedFp4 ? 2 : 4];
   using RawB = uint32_t[2];
   using FragA = uint32_t[4];
+  template <int kRowBytes>
+  using ReaderCols = ReaderB<kAccessB, kRowBytes, NT>;
 
   // Lanes 4g and 4g + 1 hold the scales of A rows g and g + 8, lane 4n that of B column n: the
   // MMA's thread-id selectors stay 0, because each selector pair in use costs a uniform register
   // move and ptxas re-materialises them all over the loop. Opaque, for ptxas would do the same with
   // these addresses.
-  __device__ WarpMma(int warp_row, int warp_col) {
+  __device__ WarpMma(int warp_row, int warp_col, int = 0) {
     const int g = lane_id() / 4, half = lane_id() % 2;
     row_scale_ = kept(4 * (warp_row + 8 * half + g));
     col_scale_ = kept(4 * (warp_col + fragment_column<kAccessB>(g)));
@@ -116,6 +119,7 @@ class WarpMma {
   template <class Scaling>
   __device__ __forceinline__ void set_scales(int) {}
 
+  template <int kStep>
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
@@ -149,6 +153,8 @@ class WarpMma {
 
   template <class Scaling>
   __device__ __forceinline__ void finish_block(float (&)[MT][NT][4]) {}
+  __device__ __forceinline__ void next_step() {}
+  __device__ __forceinline__ void finish_tile(float (&)[MT][NT][4]) const {}
 
  private:
   // The MMA of two FP4 operands takes two scales, which are one at gran_k 128.
@@ -192,10 +198,22 @@ class WarpMma {
   static constexpr int kHalves = kStepK / 32;  // 32-blocks of K a step
   static constexpr int kHmmas = 2 * kHalves;   // HMMAs of K = 16 a step
   using FragA = uint32_t[kHmmas][4];
+  template <int kRowBytes>
+  using ReaderCols = ReaderB<kAccessB, kRowBytes, NT>;
 
-  __device__ WarpMma(int warp_row, int warp_col)
+  // columns: of the tile; what lies beyond them may have any scales
+  __device__ WarpMma(int warp_row, int warp_col, int columns = kNoEnd)
       : row_scale_(held(4 * (warp_row + lane_id() / 4))),
-        col_scale_(held(4 * (warp_col + fragment_column<kAccessB>(2 * (lane_id() % 4))))) {}
+        col_scale_(held(4 * (warp_col + fragment_column<kAccessB>(2 * (lane_id() % 4))))) {
+    if constexpr (kMindsEnd) {
+#pragma unroll
+      for (int x = 0; x < 2 * NT; ++x) {
+        const int col =
+            warp_col + 8 * (x / 2) + fragment_column<kAccessB>(2 * (lane_id() % 4) + x % 2);
+        beyond_[x / 2][x % 2] = col < columns ? 0 : kAllUnlike;
+      }
+    }
+  }
 
   // sfa, sfb: of the CTA's tile
   template <ScaleRead kRead>
@@ -220,15 +238,18 @@ class WarpMma {
 
   // Whether every exponent of the warp's block lies in 64 .. 191, that is has two unlike top bits.
   __device__ __forceinline__ bool regular_scales() const {
-    uint32_t unlike = 0x80808080u;
+    uint32_t unlike = kAllUnlike;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
       for (int i = 0; i < MT; ++i) unlike &= sfa_[i][e] ^ (sfa_[i][e] << 1);
 #pragma unroll
-      for (int j = 0; j < NT; ++j) unlike &= sfb_[j][e] ^ (sfb_[j][e] << 1);
+      for (int j = 0; j < NT; ++j) {
+        const uint32_t of_col = sfb_[j][e] ^ (sfb_[j][e] << 1);
+        unlike &= kMindsEnd ? of_col | beyond_[j][e] : of_col;
+      }
     }
-    return __all_sync(0xffffffffu, unlike == 0x80808080u);
+    return __all_sync(0xffffffffu, unlike == kAllUnlike);
   }
 
   // The step's scales as floats, out of the block's words.
@@ -253,6 +274,7 @@ class WarpMma {
     }
   }
 
+  template <int kStep>
   __device__ __forceinline__ void set_b(const RawB (&raw)[NT]) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) convert_b(b_[j], raw[j]);
@@ -325,8 +347,10 @@ class WarpMma {
       }
     }
   }
+  __device__ __forceinline__ void next_step() {}  // see KGroupMma
+  __device__ __forceinline__ void finish_tile(float (&)[MT][NT][4]) const {}
 
- private:
+ protected:
   // B registers of every HMMA of a step
   static __device__ __forceinline__ void convert_b(uint32_t (&b)[kHmmas][2], const RawB& raw) {
     if constexpr (kB == Format::kFp4) {
@@ -395,6 +419,12 @@ class WarpMma {
   static __device__ __forceinline__ uint32_t held(uint32_t v) {
     return kA == Format::kFp4 ? opaque(v) : v;
   }
+  // Few tokens, often fewer than the tile has columns, must not be irregular for the sake of
+  // others.
+  static constexpr bool kMindsEnd = NT <= 2;
+  static constexpr int kNoEnd = 1 << 30;
+  static constexpr uint32_t kAllUnlike = 0x80808080u;
+  uint32_t beyond_[kMindsEnd ? NT : 1][2];
   // Bytes from the tile's first scale to that of the warp's row g, or column 2t.
   uint32_t row_scale_, col_scale_;
   uint32_t sfa_[MT][2], sfb_[NT][2], b_[NT][kHmmas][2];

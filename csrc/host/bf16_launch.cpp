@@ -87,10 +87,7 @@ cudaError_t launch_bf16_gemm(const Bf16Config& config, const Bf16Problem& proble
   }
   p.out = problem.out;
   p.groups = problem.groups;
-  p.groups.step = config.swapped ? tile.cols : tile.rows;
-  if (problem.schedule == Schedule::kSegments) {
-    p.groups.step = std::min(p.groups.step, p.groups.alignment);
-  }
+  set_token_tiles(p.groups, problem.schedule, config.swapped ? tile.cols : tile.rows);
   p.chain = std::numeric_limits<int32_t>::max();
   if (has_carry(config, problem)) {
     const int unit = problem.schedule == Schedule::kSpans ? tile.block_k : 1;

@@ -23,7 +23,7 @@ struct Bf16Problem {
   int64_t k;
   GemmOutput out;
   Schedule schedule;   // of the groups; a single product has kTiles, whatever the configuration
-  GemmGroups groups;   // without `step`
+  GemmGroups groups;   // without `step` and `items`
   int64_t summed = 1;  // groups of the operands that one product is summed over
 };
 

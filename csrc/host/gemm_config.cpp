@@ -43,7 +43,7 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
     return t.cols == 8 ? 0.35 : t.cols == 32 ? 0.5 : t.rows == 128 ? 0.45 : 0.33;
   }
   if (t.cols == 8) return 0.21;  // by its instructions, beside those of 128 x 16
-  if (t.cols == 16) return t.rows == 128 ? 0.38 : 0.3;
+  if (t.cols == 16) return t.rows == 128 ? 0.33 : 0.24;
   const int area = t.rows * t.cols;
   return area >= 128 * 64 ? (coarse ? 0.85 : 0.93) : area >= 64 * 64 ? 0.6 : 0.41;
 }

@@ -1,6 +1,5 @@
 #include "host/gemm_launch.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "host/launch.h"
@@ -77,10 +76,7 @@ cudaError_t launch_gemm(const GemmConfig& config, const GemmProblem& problem, vo
   }
   p.out = problem.out;
   p.groups = problem.groups;
-  p.groups.step = config.swapped ? tile.cols : tile.rows;
-  if (problem.schedule == Schedule::kSegments) {
-    p.groups.step = std::min(p.groups.step, p.groups.alignment);
-  }
+  set_token_tiles(p.groups, problem.schedule, config.swapped ? tile.cols : tile.rows);
   p.num_rows = static_cast<int32_t>(rows.rows);
   p.num_cols = static_cast<int32_t>(cols.rows);
   p.rows_gran = ScaleGran(rows.gran_k, static_cast<int>(k));

@@ -25,7 +25,7 @@ struct GemmProblem {
   int64_t k;
   GemmOutput out;
   Schedule schedule;  // of the groups; a single product has kTiles, whatever the configuration
-  GemmGroups groups;  // without `step`
+  GemmGroups groups;  // without `step` and `items`
 };
 
 // Bytes of workspace the configuration needs for partial sums (0 unless split).

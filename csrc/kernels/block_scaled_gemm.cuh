@@ -10,6 +10,7 @@
 #pragma once
 #include "device/atom.cuh"
 #include "device/launch.cuh"
+#include "device/spread_mma.cuh"
 #include "device/tma.cuh"
 #include "kernels/gemm.h"
 #include "kernels/split_k.cuh"
@@ -28,6 +29,8 @@ struct GemmTraits {
   static constexpr int kWarpsAcross = kSliceWarps / kDown;
   static constexpr int MT = kRows / kDown / 16, NT = kCols / kWarpsAcross / 8;
   using Mma = WarpMma<kRowsFormat, kColsFormat, MT, NT, kGemmStepK<kRowsFormat, kColsFormat>>;
+  // Emulated, tiles of one or two columns have an MMA of their own (device/spread_mma.cuh).
+  static constexpr bool kSpreads = !kNative && kRowsFp4 && !kColsFp4 && kDeep == 2 && NT == 1;
   static constexpr Access kColAccess = Mma::kAccessB;
   static constexpr bool kHeadSplit = true;
   static constexpr bool kAnyK = false, kChains = false;
@@ -130,10 +133,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
     tma_prefetch_map(&p.rows_scale);
     tma_prefetch_map(&p.cols_scale);
   }
+  // Few tokens: little code to fetch before the first copies.
+  constexpr int kUnroll = T::kDeep == 1 ? 2 : 1;
   for (;; queue.at.advance()) {
     mbarrier_wait(queue.full(), queue.at.parity);
     const Tile tile = queue.read();
     if (tile.group < 0) break;
+#pragma unroll kUnroll
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
       // Free when the block S - 1 before this one, the last in the next stage, has been begun.
       RingState<T::kStages> next = ring.data;
@@ -159,13 +165,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
 }
 
 // Consumer: one math warp's share of a tile, accumulated over the tile's K-blocks, or over block
-// `slice` of each stage. kScales: how both operands' scale words are read.
-template <class T, ScaleRead kScales>
+// `slice` of each stage. kScales: how both operands' scales are read.
+template <class T, class Mma, ScaleRead kScales>
 __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile, Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4], int warp_row,
                                            int warp_col, int slice) {
-  using Mma = typename T::Mma;
   constexpr bool kScalePerBlock = kScales == ScaleRead::kCoarse;
+  constexpr bool kSpread = kScales == ScaleRead::kSpread;
   constexpr int kSteps = kBlockK / Mma::kStepK;
   constexpr int kFragments = kSteps * T::MT;  // A fragments of a block
   static_assert(kFragments % 2 == 0 && kSteps % 2 == 0, "buffers alternate by parity");
@@ -178,14 +184,14 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   constexpr int kColsLine = T::kColsRowBytes / T::kColsBlockBytes;
   const ReaderA<Mma::kAccessA, T::kRowsRowBytes> rows(warp_row,
                                                       slice % kRowsLine * T::kRowsBlockBytes);
-  const ReaderB<Mma::kAccessB, T::kColsRowBytes, T::NT> cols(
+  const typename Mma::template ReaderCols<T::kColsRowBytes> cols(
       warp_col, slice % kColsLine * T::kColsBlockBytes);
   const int rows_tile = slice / kRowsLine * T::kRowsTileBytes;
   const int cols_tile = slice / kColsLine * T::kColsTileBytes;
 
   // Software pipeline over the A fragments of all blocks in order: two ahead is on its way from
   // shared memory; with kConvertAhead the next is converted while one is multiplied.
-  Mma mma(warp_row, warp_col);
+  Mma mma(warp_row, warp_col, tile.col_end - tile.col);
   constexpr int kBufferedB = T::MT > 1 ? 1 : 2;  // steps of B on their way
   typename Mma::RawA a[2];
   typename Mma::RawB b[kBufferedB][T::NT];
@@ -201,7 +207,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       constexpr int kStep = n / T::MT, kAhead = n + 2;
       if constexpr (n % T::MT == 0) {
         mma.template set_scales<Scaling>(kStep);
-        mma.set_b(b[kStep % kBufferedB]);
+        mma.template set_b<kStep>(b[kStep % kBufferedB]);
       }
       if constexpr (!Mma::template kConvertAhead<Scaling>) Mma::convert(fragment[0], a[n % 2]);
       if constexpr (n == kReleaseAt) release_stage(ring.empty(ring.data.stage));
@@ -231,7 +237,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       cols.load(b[0], ring.cols() + cols_tile, step);
-      mma.set_b(b[0]);
+      mma.template set_b<0>(b[0]);
       mma.template set_scales<Scaling>(step);
 #pragma unroll
       for (int i = 0; i < T::MT; ++i) {
@@ -239,6 +245,7 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
         Mma::convert(fragment[0], a[0]);
         mma.template multiply<0, Scaling>(i, acc[i], fragment[0]);
       }
+      mma.next_step();
     }
     ring.data.advance();
     if constexpr (more) {
@@ -247,23 +254,40 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
       Mma::convert(fragment[0], a[0]);
     }
   };
-  // Which of a slot's scale words serves a block of this slice.
-  const auto word = [&](const ScaleGran& gran, int block) {
-    if constexpr (T::kDeep == 1) return 0;
+  // Bytes from a slot's first scale word to the one that serves a block, or to a byte of it. Where
+  // stages have several blocks, those of a slice have one value or two in turn.
+  const auto scale_offset = [&](const ScaleGran& gran, int slot_rows, int block) -> uint32_t {
     const int shift = gran.per_block ? 2 : 0;
-    return (block >> shift) - ((block - slice) >> shift);
+    const int word = (block >> shift) - ((block - slice) >> shift);
+    int byte = kScalePerBlock ? block & 3 : 0;
+    if constexpr (kSpread) byte = gran.per_block ? block & 3 : Mma::group();
+    return 4 * slot_rows * word + byte;
   };
+  constexpr bool kAlternate = T::kDeep == 2;
+  static_assert(T::kDeep <= 2 || T::kDeep % 4 == 0);
+  uint32_t rows_at = 0, cols_at = 0, rows_flip = 0, cols_flip = 0;
+  if constexpr (T::kDeep > 1) {
+    const int block = tile.k_begin + slice;
+    rows_at = scale_offset(p.rows_gran, T::kBlockRows, block);
+    cols_at = scale_offset(p.cols_gran, T::kBlockCols, block);
+    if constexpr (kAlternate) {
+      rows_flip = opaque(rows_at ^ scale_offset(p.rows_gran, T::kBlockRows, block + 2));
+      cols_flip = opaque(cols_at ^ scale_offset(p.cols_gran, T::kBlockCols, block + 2));
+    }
+  }
   const auto next_block = [&](int block, auto more) {
     // Only a tile's last block can be the last of K, which may be partial.
-    constexpr bool kPartial = kScales == ScaleRead::kFine && !more;
+    constexpr bool kPartial = (kScales == ScaleRead::kFine || kSpread) && !more;
+    constexpr ScaleRead kRead = kPartial ? ScaleRead::kAny : kScales;
+    constexpr uint32_t kInWord = kSpread && kPartial ? 3 : 0;  // kAny wants words
     const bool last = !more && block == p.k_blocks - 1;
-    const int byte = kScalePerBlock ? block & 3 : 0;
-    mma.template load_scales<kPartial ? ScaleRead::kAny : kScales>(
-        ring.rows_scale() + 4 * T::kBlockRows * word(p.rows_gran, block) + byte,
-        ring.cols_scale() + 4 * T::kBlockCols * word(p.cols_gran, block) + byte,
+    if constexpr (T::kDeep == 1) rows_at = cols_at = kScalePerBlock ? block & 3 : 0;
+    mma.template load_scales<kRead>(
+        ring.rows_scale() + (rows_at & ~kInWord), ring.cols_scale() + (cols_at & ~kInWord),
         scale_selector(p.rows_gran, block, last), scale_selector(p.cols_gran, block, last));
+    if constexpr (kAlternate) rows_at ^= rows_flip, cols_at ^= cols_flip;
     ring.scale.advance();
-    if constexpr (kNative || kScalePerBlock) {
+    if constexpr (kNative || kScalePerBlock || kSpread) {
       run_block(ScalingMode<kScalePerBlock, true>{}, more);
     } else if (mma.regular_scales()) {
       run_block(ScalingMode<false, false>{}, more);
@@ -291,7 +315,31 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, const Tile& tile
   const int last = tile.k_end - 1 - (tile.k_end - 1 - begin) % T::kDeep;
   for (int block = begin; block < last; block += T::kDeep) next_block(block, std::true_type{});
   next_block(last, std::false_type{});
+  mma.finish_tile(acc);
   if (T::kDeep > 1 && skips_last) skip_stage();
+}
+
+// The same with what suits the tile and its scales.
+template <class T>
+__device__ __forceinline__ void multiply_tile(const GemmParams& p, const Tile& tile, Ring<T>& ring,
+                                              float (&acc)[T::MT][T::NT][4], int warp_row,
+                                              int warp_col, int slice) {
+  using Mma = typename T::Mma;
+  if (p.rows_gran.per_block && p.cols_gran.per_block) {
+    accumulate<T, Mma, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col, slice);
+  } else if constexpr (T::kSpreads) {
+    using Spread = SpreadMma<T::MT>;
+    using Wide = KGroupMma<T::MT>;
+    if (tile.col_end - tile.col <= Spread::kColumns) {
+      accumulate<T, Spread, ScaleRead::kSpread>(p, tile, ring, acc, warp_row, warp_col, slice);
+    } else {
+      accumulate<T, Wide, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col, slice);
+    }
+  } else if (kNative && !p.rows_gran.per_block && !p.cols_gran.per_block) {
+    accumulate<T, Mma, ScaleRead::kFine>(p, tile, ring, acc, warp_row, warp_col, slice);
+  } else {  // measured: the emulation loses 5 % with kFine
+    accumulate<T, Mma, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col, slice);
+  }
 }
 
 // Adds the sums of the other slices to those of slice 0. Every math warp must call it.
@@ -353,13 +401,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    if (p.rows_gran.per_block && p.cols_gran.per_block) {
-      accumulate<T, ScaleRead::kCoarse>(p, tile, ring, acc, warp_row, warp_col, slice);
-    } else if (kNative && !p.rows_gran.per_block && !p.cols_gran.per_block) {
-      accumulate<T, ScaleRead::kFine>(p, tile, ring, acc, warp_row, warp_col, slice);
-    } else {  // measured: the emulation loses 5 % with kFine
-      accumulate<T, ScaleRead::kAny>(p, tile, ring, acc, warp_row, warp_col, slice);
-    }
+    multiply_tile<T>(p, tile, ring, acc, warp_row, warp_col, slice);
     if constexpr (T::kDeep > 1) combine_slices<T>(ring.base, acc, slice);
     if (slice == 0) {
       store_tile<T>(p, queue, acc, warp_row, warp_col);

@@ -73,7 +73,15 @@ struct GemmGroups {
   int32_t tokens;        // rows of the token matrix, or of each one; kSpans: K of all groups
   int32_t alignment;     // kSegments, kEnds: rows a group's start is a multiple of
   int32_t step;          // tokens of a tile: the tile's extent, or the alignment if less
+  int32_t items;         // kSegments: segments; else groups
 };
+
+// The last two for tiles of `extent` tokens.
+inline void set_token_tiles(GemmGroups& g, Schedule schedule, int extent) {
+  const bool segments = schedule == Schedule::kSegments;
+  g.step = segments && g.alignment < extent ? g.alignment : extent;
+  g.items = segments ? (g.tokens + g.alignment - 1) / g.alignment : g.count;
+}
 
 // In the order of their use: what a CTA needs to find its first tile shares a line of the constant
 // cache, which is cold when a kernel starts.

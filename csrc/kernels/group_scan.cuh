@@ -62,38 +62,36 @@ class GroupScan {
  private:
   static constexpr int kSteps = 4;  // looked at together for a step with rows
 
-  __device__ __forceinline__ int items() const {
+  // Whether an item can have rows, and the loads that it takes to tell: none waits for another.
+  struct Look {
+    int value, before;
+  };
+  __device__ __forceinline__ Look look(int item) const {
     const GemmGroups& g = p_.groups;
-    return p_.schedule == Schedule::kSegments ? (g.tokens + g.alignment - 1) / g.alignment
-                                              : g.count;
+    const bool there = item < g.items;
+    const int at = p_.schedule == Schedule::kSegments ? item * g.alignment : item;
+    const bool ends = p_.schedule == Schedule::kEnds && item > 0;
+    return {there ? load_readonly(g.index + at) : -1,
+            there && ends ? load_readonly(g.index + at - 1) : 0};
   }
-
-  // Whether an item can have rows.
-  __device__ __forceinline__ bool occupied(int item) const {
-    const GemmGroups& g = p_.groups;
-    if (item >= items()) return false;
-    if (p_.schedule == Schedule::kSegments) {
-      return is_group(load_readonly(g.index + item * g.alignment));
-    }
-    const int before =
-        p_.schedule == Schedule::kEnds && item > 0 ? load_readonly(g.index + item - 1) : 0;
-    return load_readonly(g.index + item) > before;
+  __device__ __forceinline__ bool occupied(const Look& seen) const {
+    return p_.schedule == Schedule::kSegments ? is_group(seen.value) : seen.value > seen.before;
   }
 
   // Goes to the next step that has rows.
   __device__ __forceinline__ bool load_step() {
     int found;
     do {
-      bool any[kSteps];
+      Look seen[kSteps];
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) any[s] = occupied(next_item_ + 32 * s + lane_id());
+      for (int s = 0; s < kSteps; ++s) seen[s] = look(next_item_ + 32 * s + lane_id());
       found = kSteps;
 #pragma unroll
       for (int s = kSteps - 1; s >= 0; --s) {
-        if (lanes_where(any[s])) found = s;
+        if (lanes_where(occupied(seen[s]))) found = s;
       }
       next_item_ += 32 * found;
-    } while (found == kSteps && next_item_ < items());
+    } while (found == kSteps && next_item_ < p_.groups.items);
     if (found == kSteps) return false;
 
     load_item(next_item_ + lane_id());
@@ -115,10 +113,10 @@ class GroupScan {
     const GemmGroups& g = p_.groups;
     group_ = -1, row_ = 0, end_ = 0;
     if (p_.schedule == Schedule::kSegments) {
-      if (item < items()) load_segment(item * g.alignment);
+      if (item < p_.groups.items) load_segment(item * g.alignment);
       return;
     }
-    if (item < items()) {
+    if (item < p_.groups.items) {
       group_ = item;
       end_ = min(max(load_readonly(g.index + item), 0), g.tokens);
     }
@@ -145,9 +143,10 @@ class GroupScan {
     int same;
     do {
       int of_row[kAtOnce];
+      const int* at = g.index + end_;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        of_row[i] = end_ + i < limit ? load_readonly(g.index + end_ + i) : -1;
+        of_row[i] = i < limit - end_ ? load_readonly(at + i) : -1;
       }
       same = 0;
 #pragma unroll

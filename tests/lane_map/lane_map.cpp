@@ -166,7 +166,7 @@ void check_scale_words(const std::vector<Product>& products, int warp_row, int w
 #endif
 
 // Where each MMA's sums end up, by CLayout, and how the emulation scales them.
-template <class T, class Scaling>
+template <class T, class Scaling, class Mma = typename T::Mma>
 void check_sums(const std::vector<Product>& products, int warp_row, int warp_col,
                 std::mt19937& random) {
   fill_scales(kRowsScaleAt, T::kTileRows, Scaling::kPerBlock, random);
@@ -178,7 +178,7 @@ void check_sums(const std::vector<Product>& products, int warp_row, int warp_col
   for (size_t n = 0; n < products.size(); ++n) {
     const Product& p = products[n];
     warp.active_mma = static_cast<int>(n);
-    T::template run<Scaling>(acc, warp_row, warp_col);
+    T::template run<Scaling, Mma>(acc, warp_row, warp_col);
     for (int lane = 0; lane < 32; ++lane) {
       for (int x = 0; x < 4 * T::MT * T::NT; ++x) {
         const int i = x / 4 / T::NT, j = x / 4 % T::NT, at = layout(lane, x % 4);
@@ -198,6 +198,102 @@ void check_sums(const std::vector<Product>& products, int warp_row, int warp_col
   }
   warp.active_mma = -1;
 }
+
+// ---- Tiles of two columns (SpreadMma) -----------------------------------------------------------
+
+#if !SIMULATE_NATIVE
+// Each MMA has one 32-block of K: of a 16-row fragment, and of tile rows 0 and 1 of the columns, as
+// B columns 2s and 2s + 1 for block s, beside zeros. Lane 4g + t scales what it has of a fragment,
+// rows g and g + 8 of columns 0 and 1, by block t. At the end the sum over t is where C has it.
+template <class T, ScaleRead kRead>
+void check_spread(int warp_row, std::mt19937& random) {
+  using Spread = SpreadMma<T::MT>;
+  using Scaling = ScalingMode<false, true>;
+  using A = Matrix<typename T::Cute::ALayout, 16, 16>;
+  using B = Matrix<typename T::Cute::BLayout, 8, 16>;
+  typename T::Acc acc[32];
+  const auto run = [&] {
+    T::template run_blocks<Spread, Scaling, kRead>(
+        acc, warp_row, 0, [](int lane) { return kRead == ScaleRead::kSpread ? lane % 4 : 0; },
+        [](const Spread&, auto&) {});
+  };
+  constexpr int kMmas = kBlockK / 16 * T::MT;
+  std::vector<std::array<std::vector<uint32_t>, 32>> a(kMmas), b(kMmas);
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    fill_tile<T::kA, T::kRowsBytes>(kRowsAt, T::kTileRows, plane, T::first_row_byte());
+    fill_tile<T::kB, T::kColsBytes>(kColsAt, T::kTileCols, plane, T::first_col_byte());
+    run();
+    for (int lane = 0; lane < 32; ++lane) {
+      check(warp.calls[lane].size() == kMmas, "lane %d: other MMAs than %d", lane, kMmas);
+      for (int n = 0; n < kMmas; ++n) {
+        a[n][lane].resize(A::kValues), b[n][lane].resize(B::kValues);
+        add_plane<T, T::kA>(a[n][lane], warp.calls[lane][n].a, plane);
+        add_plane<T, T::kB>(b[n][lane], warp.calls[lane][n].b, plane);
+      }
+    }
+  }
+  std::set<int> multiplied[T::MT];
+  std::vector<int> fragment(kMmas);
+  for (int n = 0; n < kMmas; ++n) {
+    const A rows(a[n].data());
+    const B cols(b[n].data());
+    const int i = fragment[n] = (tag_row(rows.tags[0][0]) - warp_row) / 16;
+    const int block = tag_k(rows.tags[0][0]) / 32;
+    for (int kk = 0; kk < 16; ++kk) {
+      const int k = tag_k(rows.tags[0][kk]);
+      check(k / 32 == block && multiplied[i].insert(k).second, "MMA %d: k %d", n, k);
+      for (int m = 0; m < 16; ++m) {
+        check(rows.tags[m][kk] == tag(warp_row + 16 * i + m, k), "MMA %d: A(%d, %d)", n, m, kk);
+      }
+      for (int c = 0; c < 8; ++c) {
+        const uint32_t wanted = c / 2 == block ? tag(c % 2, k) : 0;
+        check(cols.tags[c][kk] == wanted, "MMA %d: B(%d, %d)", n, c, kk);
+      }
+    }
+  }
+  for (const auto& ks : multiplied) check(ks.size() == kBlockK, "only %zu k's", ks.size());
+
+  fill_scales(kRowsScaleAt, T::kTileRows, false, random);
+  fill_scales(kColsScaleAt, T::kTileCols, false, random);
+  typename T::Cute::CLayout layout;
+  for (int n = 0; n < kMmas; ++n) {
+    warp.active_mma = n;
+    run();
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int x = 0; x < 4 * T::MT; ++x) {
+        const int at = layout(lane, x % 4), row = warp_row + x / 4 * 16 + at % 16, c = at / 16;
+        const int exponent = scale_code(kRowsScaleAt, row, c / 2) - 127 +
+                             scale_code(kColsScaleAt, c % 2, c / 2) - 127 + 14;
+        const float wanted = x / 4 == fragment[n] ? std::ldexp(1.f, exponent) : 0.f;
+        check(acc[lane][x / 4][0][x % 4] == wanted, "MMA %d: sum %d of lane %d", n, x, lane);
+      }
+    }
+  }
+  warp.active_mma = -1;
+
+  const auto sum = [](int row, int c, int t) { return static_cast<float>((8 * row + c) << 2 * t); };
+  typename T::Acc ends[32];
+  warp.run([&](int lane) {
+    for (int x = 0; x < 4 * T::MT; ++x) {
+      const int at = layout(lane, x % 4);
+      ends[lane][x / 4][0][x % 4] = sum(x / 4 * 16 + at % 16, at / 16 % 2, at / 16 / 2);
+    }
+    Spread(warp_row, 0).finish_tile(ends[lane]);
+  });
+  int found = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int x = 0; x < 4 * T::MT; ++x) {
+      const int at = layout(lane, x % 4), row = x / 4 * 16 + at % 16, c = T::column(at / 16);
+      if (c >= Spread::kColumns) continue;
+      float wanted = 0;
+      for (int t = 0; t < 4; ++t) wanted += sum(row, c, t);
+      check(ends[lane][x / 4][0][x % 4] == wanted, "sum of row %d, column %d", row, c);
+      ++found;
+    }
+  }
+  check(found == 16 * T::MT * Spread::kColumns, "%d sums", found);
+}
+#endif
 
 // ---- From accumulators to D ---------------------------------------------------------------------
 
@@ -275,6 +371,13 @@ void check_tile(const char* name) {
       check_sums<T, ScalingMode<false, false>>(products, warp_row, warp_col, random);
       check_sums<T, ScalingMode<false, true>>(products, warp_row, warp_col, random);
       check_sums<T, ScalingMode<true, true>>(products, warp_row, warp_col, random);
+    }
+    if constexpr (T::kA == Format::kFp4 && T::kMixed && T::NT == 1) {
+      using Wide = KGroupMma<T::MT>;
+      check_sums<T, ScalingMode<false, false>, Wide>(products, warp_row, warp_col, random);
+      check_sums<T, ScalingMode<false, true>, Wide>(products, warp_row, warp_col, random);
+      check_spread<T, ScaleRead::kSpread>(warp_row, random);
+      check_spread<T, ScaleRead::kAny>(warp_row, random);
     }
 #endif
     for (int way = 0; way < 4; ++way) {

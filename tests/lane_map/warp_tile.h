@@ -26,6 +26,7 @@ using std::max;
 #define asm(...) lo = (v & 0xff) | (v & 0xff00) << 8, hi = (v >> 16 & 0xff) | v >> 24 << 16
 #include "device/atom.cuh"
 #undef asm
+#include "device/spread_mma.cuh"
 
 namespace lane_map {
 
@@ -142,34 +143,44 @@ struct WarpTile {
   static int first_row_byte() { return kA == Format::kFp4 ? slice * kBlockK / 2 : 0; }
   static int first_col_byte() { return kB == Format::kFp4 ? slice * kBlockK / 2 : 0; }
 
-  // The loop of the kernel (accumulate() in kernels/block_scaled_gemm.cuh) without its pipeline.
-  template <class Scaling>
+  template <class Scaling, class M = Mma>
   static void run(Acc* acc, int warp_row, int warp_col) {
+    constexpr ScaleRead kRead = Scaling::kPerBlock ? ScaleRead::kCoarse : ScaleRead::kAny;
+    run_blocks<M, Scaling, kRead>(
+        acc, warp_row, warp_col, [](int) { return 0; },
+        [](const M& mma, auto& sums) { mma.finish_tile(sums); });
+  }
+
+  // The loop of the kernel (accumulate() in kernels/block_scaled_gemm.cuh) without its pipeline.
+  // byte(lane): which one of its scale words a lane reads; finish: at the end of the tile.
+  template <class M, class Scaling, ScaleRead kRead, class Byte, class Finish>
+  static void run_blocks(Acc* acc, int warp_row, int warp_col, Byte byte, Finish finish) {
     const uint32_t selector = scale_selector(ScaleGran(32, kBlockK), 0, false);
     warp.run([&](int lane) {
       for (auto& row : acc[lane]) {
         for (auto& fragment : row) std::fill(fragment, fragment + 4, 0.f);
       }
-      const ReaderA<Mma::kAccessA, kRowsBytes> rows(warp_row, first_row_byte());
-      const ReaderB<Mma::kAccessB, kColsBytes, NT> cols(warp_col, first_col_byte());
-      Mma mma(warp_row, warp_col);
-      constexpr ScaleRead kRead = Scaling::kPerBlock ? ScaleRead::kCoarse : ScaleRead::kAny;
-      mma.template load_scales<kRead>(kRowsScaleAt, kColsScaleAt, selector, selector);
-      static_for<kBlockK / Mma::kStepK>([&](auto step) {
+      const ReaderA<M::kAccessA, kRowsBytes> rows(warp_row, first_row_byte());
+      const typename M::template ReaderCols<kColsBytes> cols(warp_col, first_col_byte());
+      M mma(warp_row, warp_col);
+      mma.template load_scales<kRead>(kRowsScaleAt + byte(lane), kColsScaleAt + byte(lane),
+                                      selector, selector);
+      static_for<kBlockK / M::kStepK>([&](auto step) {
         constexpr int kStep = step;
         mma.template set_scales<Scaling>(kStep);
-        typename Mma::RawB b[NT];
+        typename M::RawB b[NT];
         cols.load(b, kColsAt, kStep);
-        mma.set_b(b);
+        mma.template set_b<kStep>(b);
         for (int i = 0; i < MT; ++i) {
-          typename Mma::RawA raw;
+          typename M::RawA raw;
           rows.load(raw, kRowsAt, i, kStep);
-          typename Mma::FragA a;
-          Mma::convert(a, raw);
+          typename M::FragA a;
+          M::convert(a, raw);
           mma.template multiply<kStep, Scaling>(i, acc[lane][i], a);
         }
       });
       mma.template finish_block<Scaling>(acc[lane]);
+      finish(mma, acc[lane]);
     });
   }
 };

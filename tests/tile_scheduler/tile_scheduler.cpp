@@ -159,8 +159,7 @@ void check_grouped(std::mt19937& random, Schedule schedule) {
   p->groups.count = groups;
   p->groups.tokens = rows;
   p->groups.alignment = alignment;
-  p->groups.step = p->swapped ? Traits::kBlockCols : Traits::kBlockRows;
-  if (schedule == Schedule::kSegments) p->groups.step = min(p->groups.step, alignment);
+  set_token_tiles(p->groups, schedule, p->swapped ? Traits::kBlockCols : Traits::kBlockRows);
   simulated::readable_begin = index.data();
   simulated::readable_end = index.data() + index.size();
 
@@ -206,9 +205,11 @@ void check_order() {
   p->schedule = Schedule::kSegments;
   p->k_blocks = 1, p->num_rows = kExperts * kRowsEach, p->num_cols = 1024;
   p->row_tiles = p->num_rows / Traits::kBlockRows, p->col_tiles = 1024 / Traits::kBlockCols;
-  p->groups = {index.data(), kExperts, p->num_rows, 128, Traits::kBlockRows};
+  p->groups = {index.data(), kExperts, p->num_rows, 128};
+  set_token_tiles(p->groups, p->schedule, Traits::kBlockRows);
   simulated::readable_begin = index.data(), simulated::readable_end = index.data() + index.size();
   const auto tiles = run_all(*p, kGrid);
+  check(!tiles.back().empty(), "no tiles");
   for (size_t wave = 0; wave < tiles.back().size(); ++wave) {
     std::set<std::pair<int, int>> weights;
     for (const auto& of_cta : tiles) weights.insert({of_cta[wave].group, of_cta[wave].col});
