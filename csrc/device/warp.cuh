@@ -121,20 +121,27 @@ __device__ __forceinline__ void store_if(bool yes, uint16_t* p, float value) {
       : "memory");
 }
 
-// v += *p, as one piece, so that the compiler does not want registers for many loads at a time.
-__device__ __forceinline__ void add_from(float (&v)[4], const float4* p) {
-  asm volatile(
-      "{\n"
-      ".reg .f32 x, y, z, w;\n"
-      "ld.global.v4.f32 {x, y, z, w}, [%4];\n"
-      "add.rn.f32 %0, %0, x;\n"
-      "add.rn.f32 %1, %1, y;\n"
-      "add.rn.f32 %2, %2, z;\n"
-      "add.rn.f32 %3, %3, w;\n"
-      "}\n"
-      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
-      : "l"(p)
-      : "memory");
+// v[f] += p[f * step], fragment by fragment. A few loads are on their way at a time: with one the
+// latency would add up, and left to itself the compiler wants registers for all.
+template <int kFragments>
+__device__ __forceinline__ void add_fragments(float* v, const float4* p, int step) {
+  constexpr int kAtOnce = kFragments % 4 == 0 ? 4 : kFragments % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int f = 0; f < kFragments; f += kAtOnce) {
+    float4 part[kAtOnce];
+#pragma unroll
+    for (int x = 0; x < kAtOnce; ++x) {
+      asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                   : "=f"(part[x].x), "=f"(part[x].y), "=f"(part[x].z), "=f"(part[x].w)
+                   : "l"(p + (f + x) * step)
+                   : "memory");
+    }
+#pragma unroll
+    for (int x = 0; x < kAtOnce; ++x) {
+      float* sum = v + 4 * (f + x);
+      sum[0] += part[x].x, sum[1] += part[x].y, sum[2] += part[x].z, sum[3] += part[x].w;
+    }
+  }
 }
 
 }  // namespace sm120

@@ -33,10 +33,9 @@ double tile_efficiency(const GemmTile& t, const GemmShape& s, bool native) {
   if (t.rows * t.cols > 128 * 128) return native ? 1.1 : 0.3;
   const bool coarse = s.gran_k_a == kBlockK && s.gran_k_b == kBlockK;
   if (t.rows * t.cols == 128 * 128) {
-    // Two formats of warp tile: see the table. Emulated ones as measured; native code is shorter
-    // with 32x64 warps.
+    // Two formats of warp tile: see the table.
     const bool fp8 = s.a == OperandFormat::kMxfp8 && s.b == OperandFormat::kMxfp8;
-    return (t.warps_down == 2) == (fp8 && !native && coarse) ? 1.0 : 0.95;
+    return (t.warps_down == 2) == (fp8 && !native) ? 1.0 : 0.95;
   }
   if (!native && (s.a == OperandFormat::kMxfp4 || s.b == OperandFormat::kMxfp4) && t.cols <= 32) {
     // FP4 rows, two K-blocks a stage

@@ -16,8 +16,7 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //              FP8 stages just fit 99 KB.
 //   128 x 128  next in reuse a byte; eight 32x64 warps, so that an unpacked or converted fragment
 //              of 16 rows serves 8 MMAs. Three FP8 stages just fit 99 KB.
-//   the same   with 64x32 warps, which need half the registers for column scales: FP8 at gran_k
-//              128, emulated.
+//   the same   with 64x32 warps, which need half the registers for column scales: FP8, emulated.
 //   128 x 64   half the tile, for products that would leave SMs idle with 128 x 128.
 //   64 x 64    33 .. 64 tokens, or narrow products.
 //   64 x 32    17 .. 32 tokens.

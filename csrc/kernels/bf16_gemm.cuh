@@ -157,8 +157,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
   const bool copies = !T::kAnyK || lane_id() == 0;
   uint32_t cut_parity = 0;
-  for (;; queue.at.advance()) {
-    mbarrier_wait(queue.full(), queue.at.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
@@ -289,10 +289,7 @@ __device__ __forceinline__ void put_away(const GemmParams& p,
 template <class T>
 __device__ __forceinline__ void add_carried(const GemmParams& p,
                                             float (&acc)[T::kStoreRows][T::NT][4]) {
-#pragma unroll
-  for (int f = 0; f < T::kStoreRows * T::NT; ++f) {
-    add_from(acc[f / T::NT][f % T::NT], carried_fragment<T>(p, f));
-  }
+  add_fragments<T::kStoreRows * T::NT>(&acc[0][0][0], carried_fragment<T>(p, 0), T::kStoreThreads);
 }
 
 // Adds the slices' sums of a tile that has K-blocks: all of them into slice 0's, or with kHalves
@@ -377,8 +374,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
 
   finish_setup();
   grow_registers<T::kMathRegisters>();
-  for (;; queue.at.advance()) {
-    mbarrier_wait(queue.full(), queue.at.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

@@ -135,8 +135,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
   }
   // Few tokens: little code to fetch before the first copies.
   constexpr int kUnroll = T::kDeep == 1 ? 2 : 1;
-  for (;; queue.at.advance()) {
-    mbarrier_wait(queue.full(), queue.at.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
 #pragma unroll kUnroll
@@ -396,8 +396,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   // Once for the main loop and once for the stores.
   const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
-  for (;; queue.at.advance()) {
-    mbarrier_wait(queue.full(), queue.at.parity);
+  for (;; ++queue.count) {
+    mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};

@@ -60,10 +60,7 @@ __device__ __forceinline__ void add_others(const GemmParams& p, int others,
 #pragma unroll 1
   for (; others > 0; others -= kAtOnce, from += kAtOnce * kFragments * T::kStoreThreads) {
     if constexpr (kAtOnce == 1) {
-#pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        add_from(acc[f / NT][f % NT], from + f * T::kStoreThreads);
-      }
+      add_fragments<kFragments>(&acc[0][0][0], from, T::kStoreThreads);
     } else {
       float4 part[kAtOnce][kFragments];
 #pragma unroll

@@ -20,12 +20,15 @@ struct TileQueue {
   static constexpr int kEmptyAt = kFullAt + 8 * kTileSlots;
   static_assert(Traits::kQueueAt % 16 == 0);
 
-  RingState<kTileSlots> at;
-  uint32_t base;  // shared-memory address of the kernel's map
+  uint32_t count = 0;  // of tiles so far: one register instead of RingState's two
+  uint32_t base;       // shared-memory address of the kernel's map
 
-  __device__ uint32_t full() const { return base + kFullAt + 8 * at.stage; }
-  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * at.stage; }
-  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * at.stage; }
+  static_assert((kTileSlots & (kTileSlots - 1)) == 0);
+  __device__ uint32_t slot() const { return count % kTileSlots; }
+  __device__ uint32_t parity() const { return count / kTileSlots % 2; }
+  __device__ uint32_t full() const { return base + kFullAt + 8 * slot(); }
+  __device__ uint32_t empty() const { return base + kEmptyAt + 8 * slot(); }
+  __device__ uint32_t tile() const { return base + Traits::kQueueAt + kTileBytes * slot(); }
 
   // By one thread, before all others use it.
   __device__ void init_barriers(int readers) const {
@@ -83,13 +86,13 @@ __device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue
         tile.chain |= tile.k_end < k_end ? kMore : 0;
       }
       if (lane_id() == 0) {
-        mbarrier_wait(queue.empty(), queue.at.parity ^ 1);
+        mbarrier_wait(queue.empty(), queue.parity() ^ 1);
         queue.write(tile);
         mbarrier_arrive(queue.full());
       }
       if (!ready) finish_setup();
       ready = true;
-      queue.at.advance();
+      ++queue.count;
       tile.k_begin = tile.k_end, tile.chain = kCarried;
     } while (T::kChains && tile.k_begin < k_end);
   } while (tile.group >= 0);
