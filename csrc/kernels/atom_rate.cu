@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1) scaled_rate(int iterations, float
     static_for<kBlockK / Mma::kStepK>([&](auto step) {
 #pragma unroll
       for (int j = 0; j < NT; ++j) refresh<kB>(b[j], (it & 1) + step + 1);
-      mma.set_b(b);
+      mma.template set_b<0>(b);
 #pragma unroll
       for (int i = 0; i < MT; ++i) refresh<kA>(a[i], (it & 1) + step + 1);
       typename Mma::FragA fragment[2];
