@@ -367,6 +367,10 @@ def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.us == 1e3
     assert len(rests) == timing.runs * timing.us / Timer.BURST_US
     assert len(launches) == 2 + 3 + timing.runs + len(rests)
+    rests.clear()
+    monkeypatch.setattr(Timer, "BURST_US", 1e3 * timing.runs)
+    assert timer.measure(lambda: None).runs == timing.runs
+    assert not rests
     with pytest.raises(ValueError, match="flush"):
         Timer(torch.device("cpu"), flush="nothing")
 

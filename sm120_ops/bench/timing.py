@@ -29,9 +29,9 @@ class Timer:
     about one L2 of extra traffic. ``flush="read"`` reads the buffer again afterwards, so that the
     L2 is cold and clean, as it is behind another layer's weights.
 
-    Runs come in bursts of at most ``BURST_US``, and the GPU rests before each. Large products draw
-    more than its power limit: without rests the clock falls within tens of milliseconds, and the
-    figures would depend on what was measured before.
+    Runs that take more than ``BURST_US`` come in bursts of no more, and the GPU rests before each.
+    Large products draw more than its power limit: without rests the clock falls within tens of
+    milliseconds, and the figures would depend on what was measured before.
     """
 
     BURST_US, REST_S = 10e3, 0.1
@@ -74,8 +74,9 @@ class Timer:
         burst = max(int(self.BURST_US / estimate), 1)
         times: list[float] = []
         while len(times) < runs:
-            time.sleep(self.REST_S)
-            launch()  # the first one after a rest is slower
+            if runs > burst:
+                time.sleep(self.REST_S)
+                launch()  # the first one after a rest is slower
             times += self._time(launch, min(burst, runs - len(times)))
         return Timing(statistics.median(times), min(times), len(times))
 
