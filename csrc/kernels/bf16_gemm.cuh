@@ -337,6 +337,9 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
       }
     }
   }
+  // The stage's own barriers order these sums before the operands that come next, by way of the
+  // producer. racecheck does not follow them there.
+  named_barrier<1, kMathThreads>();
   release_stage(ring.empty());
   ring.at.advance();
 }
