@@ -67,6 +67,7 @@ PAGED = (
     PagedCase(4, 65536, 1, mark=_mark("us", "<=", 19, "us")),
     PagedCase(256, 8192, 1, fmt="mxfp4"),
     PagedCase(256, 8192, 2, fmt="mxfp4"),
+    PagedCase(4, 65536, 1, fmt="mxfp4"),
     PagedCase(256, 8192, 1, heads=32),
     PagedCase(1, 4096, 1),
 )
