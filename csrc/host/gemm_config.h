@@ -24,9 +24,8 @@ enum class OperandFormat { kMxfp8, kMxfp4 };
 //   128 x 16   the same with half the CTA count, for many weight rows.
 //   128 x 8    1 .. 8 tokens, as most experts have in decoding: half the work on tokens that are
 //              not there.
-//   16 x 8     1 .. 8 tokens beside few weight rows, both FP8: each warp has K-blocks of its own,
-//   so
-//              that 2112 weight rows are 132 whole tiles and no sum crosses a CTA.
+//   16 x 8     1 .. 8 tokens beside few weight rows, both FP8: each warp has K-blocks of its own;
+//              2112 weight rows are 132 whole tiles, and no sum crosses a CTA.
 #define SM120_GEMM_TILES(X)         \
   X(128, 256, 2, TileFormats::kAny) \
   X(128, 128, 4, TileFormats::kAny) \
