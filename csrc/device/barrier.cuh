@@ -22,6 +22,13 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   return v;
 }
 
+// A zero that the compiler does not take for another one it has.
+__device__ __forceinline__ uint32_t new_zero() {
+  uint32_t zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return zero;
+}
+
 // The same for values that save instructions in the main loop, where there are registers for them:
 // the emulated MMA needs its own.
 __device__ __forceinline__ uint32_t kept(uint32_t v) {

@@ -135,7 +135,9 @@ class ReaderBf16 {
   static __device__ ReaderBf16 at(int first_row, int first_step) {
     constexpr int kAtomSteps = kKAtom / 16;
     const int lane = lane_id(), q = lane / 8;
-    const int row_half = kRowsInner ? q % 2 : q / 2, k_half = kRowsInner ? q / 2 : q % 2;
+    // A tile of 8 rows has their one half twice.
+    const int row_half = kRows < 16 ? 0 : kRowsInner ? q % 2 : q / 2;
+    const int k_half = kRowsInner ? q / 2 : q % 2;
     ReaderBf16 reader;
     if constexpr (kMajor == Major::kK) {
       reader.offset_ = first_step / kAtomSteps * (kLineBytes * kRows) +

@@ -71,18 +71,20 @@ void estimate(Bf16Config& c, const Bf16Shape& s, int64_t tiles, double bytes, do
 
   // DRAM: each operand once; a grid smaller than the GPU cannot pull the full bandwidth.
   const double dram = (gpu.dram_gbps > 0 ? gpu.dram_gbps : 1000) * 1e3 * kDramShare;
-  // Rows and columns past the edge take room in the ring from those on their way.
+  // Rows and columns past the edge take room in the ring from those on their way; it is enough
+  // without a third of it.
   const double useful =
       static_cast<double>(std::min<int64_t>(tile.rows, rows) + std::min<int64_t>(tile.cols, cols)) /
       (tile.rows + tile.cols);
-  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy)) * (2 - useful);
+  c.dram_us = bytes / (dram * std::min(1.0, 1.3 * busy)) * std::max(1.0, 1.7 - useful);
 
   const double area = static_cast<double>(tile.rows) * tile.cols, full = 128.0 * 256;
   // Slices add their sums through shared memory, written and read.
   const double combine_us = (tile.slices - 1) * area * 8 / kSharedBytesAClock / sm.mhz;
   c.tail_us = kLaunchUs + area / full * kColdTileUs + waves * combine_us +
               (waves - 1) * area / full * kTileStoreUs;
-  if (c.split) c.tail_us += hand_over_us(c.grid, tiles, area * 4);
+  // The largest tile's sums fill the registers, so that others are added a few at a time.
+  if (c.split) c.tail_us += hand_over_us(c.grid, tiles, area * 4) * (area < full ? 1 : 2);
   // The shorter of the two is not hidden entirely; it also breaks ties among memory-bound choices.
   c.total_us =
       std::max(c.compute_us, c.dram_us) + 0.1 * std::min(c.compute_us, c.dram_us) + c.tail_us;
@@ -124,7 +126,7 @@ Bf16Config evaluate_bf16_config(int index, bool swapped, bool split, const Bf16S
   // The CTAs of a split with several tiles each are all over the product and K: what L2 does not
   // hold comes anew for every tile.
   double bytes = bytes_of(s);
-  if (split && tiles > c.grid && bytes > gpu.l2_bytes / 2.0) {
+  if (split && tiles > c.grid && bytes > 0.8 * gpu.l2_bytes) {
     bytes = 2.0 * tiles * blocks * tile.block_k * (tile.rows + tile.cols);
   }
   estimate(c, s, tiles, bytes, static_cast<double>(c.grid) / gpu.num_sms, gpu);

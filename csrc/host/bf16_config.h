@@ -18,7 +18,7 @@ namespace sm120 {
 //   64 x 32    17 .. 32 tokens.
 //   64 x 16    1 .. 16 tokens, weights on the 16-row axis.
 //   16 x 32    17 .. 32 tokens, and
-//   16 x 16    1 .. 16 tokens beside few weight rows: each warp has a part of K of its own, so that
+//   16 x 8     1 .. 8 tokens beside few weight rows: each warp has a part of K of its own, so that
 //              2112 weight rows are 132 whole tiles and nothing crosses a CTA.
 #define SM120_BF16_TILES(X) \
   X(128, 256, 2, 1, 32)     \
@@ -28,7 +28,7 @@ namespace sm120 {
   X(64, 32, 2, 4, 128)      \
   X(64, 16, 2, 4, 128)      \
   X(16, 32, 1, 8, 256)      \
-  X(16, 16, 1, 8, 256)
+  X(16, 8, 1, 8, 256)
 
 struct Bf16Tile {
   int rows, cols, warps_down, slices, block_k;

@@ -78,7 +78,7 @@ struct Bf16Traits {
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 && kStages <= kGemmThreads);
   static_assert((kSlices & (kSlices - 1)) == 0 && kK % kKAtom == 0 && kKAtom >= 32);
   static_assert(kSteps == 2, "buffers alternate by parity");
-  static_assert(MT >= 1 && NT >= 2 && NT % 2 == 0 && MT * 16 <= 64 && NT * 8 <= 64);
+  static_assert(MT >= 1 && (NT == 1 || NT % 2 == 0) && MT * 16 <= 64 && NT * 8 <= 64);
   static_assert(kRoundFragments >= 1 &&
                 (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kScratchBytes));
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
@@ -216,7 +216,7 @@ struct WarpPlace {
 template <class T>
 __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4]) {
-  constexpr int kSteps = T::kSteps, kPairs = T::NT / 2;
+  constexpr int kSteps = T::kSteps, kPairs = (T::NT + 1) / 2;
   constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
   using Rows = ReaderBf16<T::kRowsMajor, T::kBlockRows, T::kBlockK, T::kRowsAtom, T::kKAtom>;
   using Cols = ReaderBf16<T::kColsMajor, T::kBlockCols, T::kBlockK, T::kColsAtom, T::kKAtom>;
@@ -377,24 +377,24 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
 
   finish_setup();
   grow_registers<T::kMathRegisters>();
+  // Begun anew here: ptxas keeps in local memory what lives on from where registers were few.
+  ring.at.stage = new_zero(), ring.at.parity = new_zero(), queue.count = new_zero();
   for (;; ++queue.count) {
     mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
-    const int blocks = k_blocks_of<T>(p, tile);
-    accumulate<T>(blocks, ring, acc);
-    if (T::kSlices > 1 && blocks > 0) add_slices<T>(acc, ring);
+    accumulate<T>(k_blocks_of<T>(p, tile), ring, acc);
+    if (T::kSlices > 1 && k_blocks_of<T>(p, queue.read()) > 0) add_slices<T>(acc, ring);
     auto& sums = reinterpret_cast<float (&)[T::kStoreRows][T::NT][4]>(acc);
     const WarpPlace<T> at = WarpPlace<T>::now();
-    if (T::kHalves || at.slice == 0) {
-      const int chain = T::kChains ? queue.read().chain : 0;
-      if (chain & kCarried) add_carried<T>(p, sums);
-      if (chain & kMore) {
-        put_away<T>(p, sums);
-      } else {
-        store_tile<T>(p, queue, sums, at.row + at.slice * T::kStoreRows * 16, at.col);
-      }
+    const bool stores = T::kHalves || at.slice == 0;
+    const int chain = T::kChains ? queue.read().chain : 0;
+    if (stores && chain & kCarried) add_carried<T>(p, sums);
+    if (!(chain & kMore)) {
+      store_tile<T>(p, queue, sums, stores, at.row + at.slice * T::kStoreRows * 16, at.col);
+    } else if (stores) {
+      put_away<T>(p, sums);
     }
     release_stage(queue.empty());
   }

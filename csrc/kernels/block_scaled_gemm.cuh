@@ -403,9 +403,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     float acc[T::MT][T::NT][4] = {};
     multiply_tile<T>(p, tile, ring, acc, warp_row, warp_col, slice);
     if constexpr (T::kDeep > 1) combine_slices<T>(ring.base, acc, slice);
-    if (slice == 0) {
-      store_tile<T>(p, queue, acc, warp_row, warp_col);
-    }
+    store_tile<T>(p, queue, acc, slice == 0, warp_row, warp_col);
     mbarrier_arrive_of_warp(queue.empty());  // what was read has been used by now
   }
 }

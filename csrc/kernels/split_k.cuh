@@ -27,10 +27,10 @@ __device__ __forceinline__ float4* handed_fragments(const GemmParams& p, int cta
          static_cast<int64_t>(cta) * kFragments * T::kStoreThreads + opaque(threadIdx.x);
 }
 
-// Of the threads that hold sums.
-template <class T>
-__device__ __forceinline__ void sync_store_threads() {
-  named_barrier<2, T::kStoreThreads>();
+// Between a tile's sums or flags and what is done about them. By every math thread, also those that
+// hold no sums: racecheck does not follow a barrier of fewer threads beside one of all.
+__device__ __forceinline__ void sync_split() {
+  named_barrier<2, kMathThreads>();
 }
 
 template <class T, int MT, int NT>
@@ -41,7 +41,7 @@ __device__ __forceinline__ void hand_over(const GemmParams& p, const float (&acc
     const float (&v)[4] = acc[f / NT][f % NT];
     to[f * T::kStoreThreads] = make_float4(v[0], v[1], v[2], v[3]);
   }
-  sync_store_threads<T>();
+  sync_split();
   if (opaque(threadIdx.x) == 0) raise_flag(p.flags + blockIdx.x, p.token);
 }
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ void add_others(const GemmParams& p, int others,
   for (int i = opaque(threadIdx.x); i < others; i += T::kStoreThreads) {
     take_flag(p.flags + blockIdx.x + 1 + i, p.token);
   }
-  sync_store_threads<T>();
+  sync_split();
   const float4* from = handed_fragments<T, kFragments>(p, blockIdx.x + 1);
   // CTAs whose sums are loaded together: latency counts here, not bandwidth.
   constexpr int kAtOnce = kFragments < 16 ? 16 / kFragments : 1;
@@ -83,13 +83,18 @@ __device__ __forceinline__ void add_others(const GemmParams& p, int others,
   }
 }
 
-// What a warp has of the tile at the queue's head: to D, or its part of K to the CTA that stores
-// the tile. The tile is read anew where it is needed, rather than kept in registers beside the
-// sums.
+// What a warp has of the tile at the queue's head, if it has sums: to D, or its part of K to the
+// CTA that stores the tile. By every math warp. The tile is read anew where it is needed, rather
+// than kept in registers beside the sums.
 template <class T, int MT, int NT>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const TileQueue<T>& queue,
-                                           float (&acc)[MT][NT][4], int warp_row, int warp_col) {
+                                           float (&acc)[MT][NT][4], bool has_sums, int warp_row,
+                                           int warp_col) {
   const int others = queue.read().others;
+  if (!has_sums) {
+    if (others != 0) sync_split();
+    return;
+  }
   if (others == kHandedOver) return hand_over<T>(p, acc);
   if (others > 0) add_others<T>(p, others, acc);
   store_fragments<T::kColAccess, T::kHeadSplit>(p, queue.read(), acc, warp_row, warp_col);
