@@ -302,6 +302,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
   const auto scratch = [&](int of) {
     return static_cast<float4*>(smem_pointer(ring.rows() + of * T::kScratchBytes)) + thread;
   };
+  constexpr int kUnroll = T::MT * T::NT <= 2 ? T::kSlices : 1;  // where latency counts
   constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;  // first fragment to be given away
   if constexpr (T::kHalves) {
 #pragma unroll
@@ -326,7 +327,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
     }
     named_barrier<1, kMathThreads>();
     if (!T::kHalves && slice > 0) continue;
-#pragma unroll 1
+#pragma unroll kUnroll
     for (int x = 1; x < T::kSlices; ++x) {
       const float4* theirs = scratch(slice ^ x);
 #pragma unroll
@@ -350,9 +351,12 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   Bf16Ring<T> ring;
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
-  if (threadIdx.x < T::kStages) {
-    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, kCopyWarps);
-    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, kMathWarps);
+  if (threadIdx.x == 0) {  // a thread for each would take longer: the address must be uniform
+#pragma unroll
+    for (int s = 0; s < T::kStages; ++s) {
+      mbarrier_init(ring.base + T::kFullAt + 8 * s, kCopyWarps);
+      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
+    }
     mbarrier_init_fence();
   } else if (threadIdx.x == kMathThreads + kWarpSize) {
     mbarrier_init(ring.cut(false), 1);
@@ -379,6 +383,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   grow_registers<T::kMathRegisters>();
   // Begun anew here: ptxas keeps in local memory what lives on from where registers were few.
   ring.at.stage = new_zero(), ring.at.parity = new_zero(), queue.count = new_zero();
+  warm_store_parameters(p);
   for (;; ++queue.count) {
     mbarrier_wait(queue.full(), queue.parity());
     const Tile tile = queue.read();

@@ -13,6 +13,10 @@ namespace sm120 {
 __device__ __forceinline__ void place(int index, int down, int across, int& i, int& j) {
   constexpr int kBand = 16;
   // Divisions take a tenth of a microsecond each, before a CTA's first copy.
+  if (across == 1) {
+    i = index, j = 0;
+    return;
+  }
   const int band = down <= kBand ? 0 : index / (kBand * across);
   const int height = min(kBand, down - band * kBand);
   const int inside = index - band * kBand * across;
