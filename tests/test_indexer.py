@@ -134,7 +134,8 @@ def draw_logits(rng: random.Random, rows: int, columns: int, dtype: torch.dtype)
 @pytest.mark.parametrize("seed", range(6))
 def test_topk(device: torch.device, dtype: torch.dtype, seed: int) -> None:
     rng = random.Random(seed)
-    for columns in (1, 3, 64, 1000, 4096, 4097, 20_000 if device.type == "cuda" else 5000):
+    long = (20_000, 140_003) if device.type == "cuda" else (5000,)  # of which a GPU makes parts
+    for columns in (1, 3, 64, 1000, 4096, 4097, *long):
         for k in (1, 64, 512, 1152, 2048):
             rows = rng.randint(1, 5)
             logits = draw_logits(rng, rows, columns, dtype)

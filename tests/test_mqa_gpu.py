@@ -137,11 +137,12 @@ def test_sanitizer_paged(fmt: str, block_kv: int) -> None:
 
 @pytest.mark.sanitizer
 def test_sanitizer_topk() -> None:
-    logits = torch.randn(3, 9000, device="cuda")
-    ends = torch.tensor([9000, 17, 5000], dtype=torch.int32, device="cuda")
-    got = sm120_ops.indexer_topk(logits, ends, 512, starts=ends // 4)
-    want = sm120_ops.indexer_topk(logits.cpu(), ends.cpu(), 512, starts=ends.cpu() // 4)
-    assert torch.equal(got.cpu(), want)
+    for columns in (9000, 140_000):  # the latter in parts
+        logits = torch.randn(3, columns, device="cuda")
+        ends = torch.tensor([columns, 17, columns - 4001], dtype=torch.int32, device="cuda")
+        got = sm120_ops.indexer_topk(logits, ends, 512, starts=ends // 8)
+        want = sm120_ops.indexer_topk(logits.cpu(), ends.cpu(), 512, starts=ends.cpu() // 8)
+        assert torch.equal(got.cpu(), want)
 
 
 def test_one_long_sequence_beside_a_thousand_short_ones() -> None:

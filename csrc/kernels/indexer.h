@@ -18,7 +18,15 @@ struct TopkArgs {
   int64_t table_stride;
   int32_t table_width, rows_a_table, block_kv;
   int32_t* out;  // [rows, k], contiguous
+  // Where few long rows leave SMs idle a row is cut into so many parts, whose chosen logits compete
+  // in a second launch: the chosen ones of a row's parts, [rows, parts * k], in the workspace.
+  int32_t parts;
+  void* part_logits;
+  int32_t* part_columns;
 };
+
+// How many parts a row is best cut into; 1: it is not.
+int32_t topk_parts(int32_t rows, int32_t columns, int32_t k, int32_t num_sms);
 
 void launch_indexer_topk(const TopkArgs& args, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Top-k of rows of logits by radix selection, one block a row.
+// Top-k of rows of logits by radix selection, one block a row, or a part of a long row.
 //
 // Logits become unsigned keys of the same order. A sample of a long row tells about where the k-th
 // logit is; one reading of the row gathers all logits from there on, with their columns, in shared
@@ -6,7 +6,13 @@
 // chosen columns are put in order by a bitmap. Where the guess was bad (too few, or too many to
 // fit), histograms over the row itself narrow the range until what lies above it fits; where ties
 // alone do not, a last reading picks them. Nothing depends on the order in which threads run.
+//
+// The chosen logits of a row's parts, one part after the other, are in the order of their columns:
+// a row like any other to the launch that merges them.
 #include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "device/barrier.cuh"
 #include "device/convert.cuh"
@@ -22,6 +28,7 @@ constexpr int kGathered = 4608;  // logits that fit shared memory
 constexpr int kValues = 4;       // consecutive columns a thread loads
 constexpr uint32_t kChunk = kValues * kThreads;
 constexpr uint32_t kWindow = 32 * kThreads;  // columns of a bitmap
+constexpr int kAlone = 131072;               // columns that one block chooses from soonest
 
 struct Shared {
   uint32_t bins[kBins];  // also two bitmaps of kThreads words
@@ -271,21 +278,54 @@ __device__ __forceinline__ Threshold select_gathered(Shared& s, uint32_t count, 
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
+// A row's window as it is cut into parts, all as long but the last ones.
+struct Cut {
+  int length, chosen;  // columns of a part, and how many of them it gives
+  __device__ Cut(int window, int parts, int k)
+      : length((window + parts - 1) / parts), chosen(min(length, k)) {}
+};
+
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kNative ? 1 : 2) indexer_topk(TopkArgs args) {
+__global__ void __launch_bounds__(kThreads, kNative ? 1 : 2)
+    indexer_topk(TopkArgs args, bool merge) {
   __shared__ Shared s;
   const int64_t index = blockIdx.x;
   Row<T> row;
   row.logits = static_cast<const T*>(args.logits) + index * args.stride;
   row.start = args.starts ? max(args.starts[index], 0) : 0;
   row.end = max(min(args.ends[index], args.columns), row.start);
+  const int start = row.start, window = row.end - row.start;
+  const bool parted = args.parts > 1 && window > kAlone;
+  if (!parted && (merge || blockIdx.y > 0)) return;
+  const int64_t first_chosen = index * args.parts * args.k;
+  T* part_logits = static_cast<T*>(args.part_logits) + first_chosen;
+  int32_t* part_columns = args.part_columns + first_chosen;
+  if (parted) {
+    const Cut cut(window, args.parts, args.k);
+    if (merge) {
+      row.logits = part_logits;
+      row.start = 0;
+      row.end = window / cut.length * cut.chosen + min(window % cut.length, args.k);
+    } else {
+      const int part = blockIdx.y;
+      row.start += min(part * cut.length, window);
+      row.end = min(row.start + cut.length, row.end);
+      part_logits += part * cut.chosen, part_columns += part * cut.chosen;
+    }
+  }
   row.aligned = reinterpret_cast<uintptr_t>(row.logits) % (kValues * sizeof(T)) == 0;
   int32_t* out = args.out + index * args.k;
   const uint32_t found = min(args.k, row.end - row.start);
   const int32_t* table =
       args.block_table ? args.block_table + index / args.rows_a_table * args.table_stride : nullptr;
   const auto write = [&](uint32_t place, int column) {
-    int value = args.relative ? column - row.start : column;
+    if (parted && !merge) {
+      part_logits[place] = row.logits[column];
+      part_columns[place] = column;
+      return;
+    }
+    if (merge) column = part_columns[column];
+    int value = args.relative ? column - start : column;
     if (table != nullptr) {
       const int page = value / args.block_kv;
       const int block = page < args.table_width ? table[page] : -1;
@@ -346,18 +386,25 @@ __global__ void __launch_bounds__(kThreads, kNative ? 1 : 2) indexer_topk(TopkAr
       if (choose(above, level, column)) break;
     }
   }
+  if (parted && !merge) return;
   for (uint32_t i = found + threadIdx.x; i < args.k; i += kThreads) out[i] = -1;
 }
 
 }  // namespace
 
+int32_t topk_parts(int32_t rows, int32_t columns, int32_t k, int32_t num_sms) {
+  if (rows == 0 || columns <= kAlone) return 1;
+  // A part is columns / parts long, what is merged parts * k: least in sum where both are equal.
+  const int best = static_cast<int>(std::sqrt(static_cast<double>(columns) / k));
+  const int parts = std::min(num_sms / rows, best);
+  return parts < 4 ? 1 : parts;
+}
+
 void launch_indexer_topk(const TopkArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return;
-  if (args.bf16) {
-    indexer_topk<__nv_bfloat16><<<args.rows, kThreads, 0, stream>>>(args);
-  } else {
-    indexer_topk<float><<<args.rows, kThreads, 0, stream>>>(args);
-  }
+  const auto kernel = args.bf16 ? indexer_topk<__nv_bfloat16> : indexer_topk<float>;
+  kernel<<<dim3(args.rows, args.parts), kThreads, 0, stream>>>(args, false);
+  if (args.parts > 1) kernel<<<args.rows, kThreads, 0, stream>>>(args, true);
 }
 
 }  // namespace sm120

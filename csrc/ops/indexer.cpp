@@ -14,7 +14,7 @@ constexpr int64_t kMaxK = 2048;
 TopkArgs topk_args(const Tensor& logits, const std::optional<Tensor>& starts, const Tensor& ends,
                    int64_t k, bool relative, const std::optional<Tensor>& block_table,
                    int64_t block_kv, int32_t device) {
-  require_supported_device(kTopk, device);
+  const DeviceProperties& gpu = require_supported_device(kTopk, device);
   TopkArgs args{};
   check_on_device(kTopk, "logits", logits, device);
   check(logits.dim() == 2, kTopk, "logits", "2 dimensions", Shape{logits});
@@ -39,6 +39,7 @@ TopkArgs topk_args(const Tensor& logits, const std::optional<Tensor>& starts, co
   args.relative = relative;
   check(k >= 1 && k <= kMaxK, kTopk, "k", "1 .. 2048", k);
   args.k = static_cast<int32_t>(k);
+  args.parts = topk_parts(args.rows, args.columns, args.k, gpu.sm_count);
   if (block_table) {
     check_on_device(kTopk, "block_table", *block_table, device);
     check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2, kTopk,
@@ -61,6 +62,14 @@ TopkArgs topk_args(const Tensor& logits, const std::optional<Tensor>& starts, co
 
 void run_topk(TopkArgs& args, const Tensor& out, int32_t device) {
   args.out = static_cast<int32_t*>(out.data_ptr());
+  std::optional<Tensor> columns, logits;  // chosen in the parts
+  if (args.parts > 1) {
+    const int64_t chosen = int64_t{args.rows} * args.parts * args.k;
+    columns = empty_cuda({chosen}, ScalarType::Int, device);
+    logits = empty_cuda({chosen}, args.bf16 ? ScalarType::BFloat16 : ScalarType::Float, device);
+    args.part_columns = static_cast<int32_t*>(columns->data_ptr());
+    args.part_logits = logits->data_ptr();
+  }
   launch_indexer_topk(args, current_stream(device));
   SM120_OPS_LAUNCH_CHECK(kTopk);
 }
