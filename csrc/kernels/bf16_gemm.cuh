@@ -303,7 +303,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
     return static_cast<float4*>(smem_pointer(ring.rows() + of * T::kScratchBytes)) + thread;
   };
   constexpr int kUnroll = T::MT * T::NT <= 2 ? T::kSlices : 1;  // where latency counts
-  constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;  // first fragment to be given away
+  constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;        // first fragment to be given away
   if constexpr (T::kHalves) {
 #pragma unroll
     for (int x = 0; x < kGiven * T::NT * 4; ++x) {
