@@ -22,6 +22,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   return v;
 }
 
+// Has the compiler read two values here, from wherever they are.
+__device__ __forceinline__ void read_here(const void* a, uint32_t b) {
+  asm volatile("" ::"l"(a), "r"(b));
+}
+
 // A zero that the compiler does not take for another one it has.
 __device__ __forceinline__ uint32_t new_zero() {
   uint32_t zero;

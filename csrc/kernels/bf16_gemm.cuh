@@ -339,7 +339,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
     }
   }
   // The stage's own barriers order these sums before the operands that come next, by way of the
-  // producer. racecheck does not follow them there.
+  // producer; this one does it where racecheck sees it.
   named_barrier<1, kMathThreads>();
   release_stage(ring.empty());
   ring.at.advance();
@@ -390,6 +390,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     accumulate<T>(k_blocks_of<T>(p, tile), ring, acc);
+    // From here on the tile is read anew, rather than kept in registers through the loop.
     if (T::kSlices > 1 && k_blocks_of<T>(p, queue.read()) > 0) add_slices<T>(acc, ring);
     auto& sums = reinterpret_cast<float (&)[T::kStoreRows][T::NT][4]>(acc);
     const WarpPlace<T> at = WarpPlace<T>::now();

@@ -35,7 +35,7 @@ struct Store {
 // Brings the parameters of the stores into the constant cache, while a math warp has nothing else
 // to do: they are lines of their own, and cold when a kernel starts.
 __device__ __forceinline__ void warm_store_parameters(const GemmParams& p) {
-  asm volatile("" ::"l"(p.out.d), "r"(p.out.mid));
+  read_here(p.out.d, p.out.mid);
 }
 
 template <bool kHeadSplit>

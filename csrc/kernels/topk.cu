@@ -278,13 +278,6 @@ __device__ __forceinline__ Threshold select_gathered(Shared& s, uint32_t count, 
 
 // ---- Kernel ------------------------------------------------------------------------------------
 
-// A row's window as it is cut into parts, all as long but the last ones.
-struct Cut {
-  int length, chosen;  // columns of a part, and how many of them it gives
-  __device__ Cut(int window, int parts, int k)
-      : length((window + parts - 1) / parts), chosen(min(length, k)) {}
-};
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kNative ? 1 : 2)
     indexer_topk(TopkArgs args, bool merge) {
@@ -301,16 +294,17 @@ __global__ void __launch_bounds__(kThreads, kNative ? 1 : 2)
   T* part_logits = static_cast<T*>(args.part_logits) + first_chosen;
   int32_t* part_columns = args.part_columns + first_chosen;
   if (parted) {
-    const Cut cut(window, args.parts, args.k);
+    // All parts are as long but the last ones. Each gives `chosen` columns, or all it has.
+    const int length = (window + args.parts - 1) / args.parts, chosen = min(length, args.k);
     if (merge) {
       row.logits = part_logits;
       row.start = 0;
-      row.end = window / cut.length * cut.chosen + min(window % cut.length, args.k);
+      row.end = window / length * chosen + min(window % length, args.k);
     } else {
       const int part = blockIdx.y;
-      row.start += min(part * cut.length, window);
-      row.end = min(row.start + cut.length, row.end);
-      part_logits += part * cut.chosen, part_columns += part * cut.chosen;
+      row.start += min(part * length, window);
+      row.end = min(row.start + length, row.end);
+      part_logits += part * chosen, part_columns += part * chosen;
     }
   }
   row.aligned = reinterpret_cast<uintptr_t>(row.logits) % (kValues * sizeof(T)) == 0;
