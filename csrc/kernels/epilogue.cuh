@@ -32,12 +32,6 @@ struct Store {
   }
 };
 
-// Brings the parameters of the stores into the constant cache, while a math warp has nothing else
-// to do: they are lines of their own, and cold when a kernel starts.
-__device__ __forceinline__ void warm_store_parameters(const GemmParams& p) {
-  read_here(p.out.d, p.out.mid);
-}
-
 template <bool kHeadSplit>
 __device__ __forceinline__ int64_t output_column(const GemmOutput& out, int n) {
   if (!kHeadSplit || out.period == 0) return n;
