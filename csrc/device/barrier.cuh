@@ -34,6 +34,13 @@ __device__ __forceinline__ uint32_t new_zero() {
   return zero;
 }
 
+// A zero that ptxas does not know for one: kernels here have no grid along z.
+__device__ __forceinline__ uint32_t unknown_zero() {
+  uint32_t zero;
+  asm("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
+  return zero;
+}
+
 // The same for values that save instructions in the main loop, where there are registers for them:
 // the emulated MMA needs its own.
 __device__ __forceinline__ uint32_t kept(uint32_t v) {
@@ -110,28 +117,43 @@ struct RingState {
   }
 };
 
-// One arrival for a whole warp, when all its lanes have come here. PTX ISA 9.7.13.15 "elect.sync"
-// takes fewer instructions than a comparison of the lane's number; the emulation's loops get fewer
-// registers with it.
-__device__ __forceinline__ void mbarrier_arrive_of_warp(uint32_t bar) {
+// One arrival for a whole warp, when all its lanes have come here; none unless `yes`. PTX ISA
+// 9.7.13.15 "elect.sync" takes fewer instructions than a comparison of the lane's number; the
+// emulation's loops get fewer registers with it.
+__device__ __forceinline__ void mbarrier_arrive_of_warp(uint32_t bar, bool yes = true) {
   if constexpr (kNative) {
     asm volatile(
-        "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
-        "@one mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar)
+        "{\n.reg .pred one, yes;\nsetp.ne.u32 yes, %1, 0;\nelect.sync _|one, 0xffffffff;\n"
+        "and.pred one, one, yes;\n@one mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar),
+        "r"(static_cast<uint32_t>(yes))
         : "memory");
   } else {
     __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(bar);
+    if (yes && lane_id() == 0) mbarrier_arrive(bar);
   }
 }
 
-// The one place where a consumer warp gives a stage back to the producer.
+// Ordinary accesses to shared memory before it, TMA's after it. PTX ISA "membar / fence".
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// How a consumer warp gives a stage back to the producer.
 // Hazard: without the fence ptxas issues the arrive while the warp's last ldmatrix is still in
 // flight, and the next TMA write overwrites the tile under it (seen on an H200: up to 0.8 % wrong
 // outputs). The fence must be executed by every lane, before the warp converges.
 __device__ __forceinline__ void release_stage(uint32_t empty_bar) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  async_proxy_fence();
   mbarrier_arrive_of_warp(empty_bar);
+}
+
+// The same without the fence, which waits for more than it must, if `yes`. `loaded` must depend on
+// every ldmatrix from the stage: the arrive's address depends on it, so that it cannot be issued
+// before they are done, for all lanes at once. (MMAs that use the data do not help: ptxas may move
+// them behind the arrive.)
+__device__ __forceinline__ void release_loaded_stage(uint32_t empty_bar, uint32_t loaded,
+                                                     bool yes) {
+  mbarrier_arrive_of_warp(empty_bar | (loaded & unknown_zero()), yes);
 }
 
 }  // namespace sm120

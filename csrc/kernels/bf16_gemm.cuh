@@ -31,7 +31,8 @@ struct Bf16Traits {
   static constexpr int kSlices = kSliceCount, kSliceWarps = kMathWarps / kSlices;
   static constexpr int kWarpsAcross = kSliceWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
-  static constexpr int kSteps = kK / 16 / kSlices;  // of 16 k, a slice's in a K-block
+  // Whether the next stage's barrier is looked at early; the largest tile has no registers for it.
+  static constexpr bool kLooksAhead = MT * NT < 32 || kSlices > 1;
   // Two slices share what follows the sum over K, half of a warp's rows each.
   static constexpr bool kHalves = kSlices == 2;
   static constexpr int kStoreRows = kHalves ? MT / 2 : MT;  // fragments of a warp, at the end
@@ -45,6 +46,8 @@ struct Bf16Traits {
       kMajors == Bf16Majors::kKK || kMajors == Bf16Majors::kMnK ? Major::kK : Major::kMn;
   // A line of an MN-major operand is one k, so that a tile can be cut off behind any of them.
   static constexpr bool kAnyK = kMajors == Bf16Majors::kMnMn && has_any_k(kCols);
+  // At a full stage's barrier: all lanes that copied to it or wrote zeros.
+  static constexpr int kFullArrivals = kCopyWarps * (kAnyK ? kWarpSize : 1);
 
   // Values of a line in one box, of at most 128 bytes. A tile of longer lines is several such
   // atoms: of an MN-major operand's rows or of a K-major one's K.
@@ -66,33 +69,28 @@ struct Bf16Traits {
   static constexpr int kMathRegisters = MT * NT < 32 ? 208 : kAnyK && !kChains ? 224 : 232;
   static constexpr int kProducerRegisters = 504 - 2 * kMathRegisters;
 
-  // The slices' sums go through the tile's last stage, a part for each slice, so many 16-row
-  // fragments a round.
-  static constexpr int kScratchBytes = kStageBytes / kSlices;
-  static constexpr int kFragmentsBytes = kSliceWarps * NT * 512;
-  static constexpr int kRoundFragments =
-      kSlices == 1 || kStoreRows * kFragmentsBytes <= kScratchBytes ? kStoreRows
-      : kStoreRows / 2 * kFragmentsBytes <= kScratchBytes           ? kStoreRows / 2
-                                                                    : kStoreRows / 4;
-
   static_assert(kSmemBytes <= kSmemLimit && kStages >= 2 && kStages <= kGemmThreads);
   static_assert((kSlices & (kSlices - 1)) == 0 && kK % kKAtom == 0 && kKAtom >= 32);
-  static_assert(kSteps == 2, "buffers alternate by parity");
+  static_assert(kK == 32 * kSlices, "a slice has two steps of 16 k of a K-block");
   static_assert(MT >= 1 && (NT == 1 || NT % 2 == 0) && MT * 16 <= 64 && NT * 8 <= 64);
-  static_assert(kRoundFragments >= 1 &&
-                (kSlices == 1 || kRoundFragments * kFragmentsBytes <= kScratchBytes));
   static_assert(kRowsBytes % 1024 == 0 && kColsBytes % 1024 == 0, "swizzled tiles: 1024-aligned");
 };
 
 template <class T>
 struct Bf16Ring {
-  RingState<T::kStages> at;
   uint32_t base;
+  uint32_t at = 0;  // twice the stage, plus its use's parity: registers are few
 
-  __device__ uint32_t rows() const { return base + at.stage * T::kStageBytes; }
+  __device__ uint32_t stage() const { return at / 2; }
+  __device__ uint32_t parity() const { return at % 2; }
+  __device__ void advance() {
+    at += 2;
+    if (at >= 2 * T::kStages) at = at % 2 ^ 1;
+  }
+  __device__ uint32_t rows() const { return base + stage() * T::kStageBytes; }
   __device__ uint32_t cols() const { return rows() + T::kRowsBytes; }
-  __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage; }
-  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage; }
+  __device__ uint32_t full() const { return base + T::kFullAt + 8 * stage(); }
+  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * stage(); }
   __device__ uint32_t cut(bool of_cols) const { return base + T::kCutAt + 8 * of_cols; }
 };
 
@@ -155,11 +153,18 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   const CUtensorMap* map = kCols ? &p.cols : &p.rows;
   const bool grouped = kCols ? p.cols_grouped : p.rows_grouped;
   const bool whole_atoms = kCols ? p.cols_whole_atoms : p.rows_whole_atoms;
-  const bool copies = !T::kAnyK || lane_id() == 0;
+  Tile tile;
+  bool known = TileScheduler<T>::find_first(p, tile);
+  finish_setup();
+  const bool copies = lane_id() == 0;
+  if (!T::kAnyK && !copies) return;
   uint32_t cut_parity = 0;
   for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
-    const Tile tile = queue.read();
+    if (!known) {
+      mbarrier_wait(queue.full(), queue.parity());
+      tile = queue.read();
+    }
+    known = false;
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
     // Where the product is summed over the groups too, their K-blocks follow one another.
@@ -173,21 +178,24 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       const bool cut = in_k && k + T::kBlockK > tile.k_end;
       const uint32_t full = cut ? ring.cut(kCols) : ring.full();
       const uint32_t dst = kCols ? ring.cols() : ring.rows();
-      mbarrier_wait(ring.empty(), ring.at.parity ^ 1);
+      mbarrier_wait(ring.empty(), ring.parity() ^ 1);
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
         load_operand<kMajor, T::kBlockK, kExtent, kMajor == Major::kK ? T::kKAtom : kAtom>(
             dst, map, full, k, kCols ? tile.col : tile.row, grouped ? group : 0, whole_atoms);
+      } else if (!cut) {
+        mbarrier_arrive(full);
       }
       if constexpr (T::kAnyK) {
         if (cut) {
           mbarrier_wait(full, cut_parity);
           cut_parity ^= 1;
           cut_lines<T::kBlockK, kExtent, kAtom>(dst, tile.k_end - k);
-          release_stage(ring.full());
+          async_proxy_fence();
+          mbarrier_arrive(ring.full());
         }
       }
-      ring.at.advance();
+      ring.advance();
       k += T::kBlockK;
       if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
     }
@@ -212,22 +220,24 @@ struct WarpPlace {
   }
 };
 
-// A warp's sums over its slice of `blocks` K-blocks. With slices the last stage is kept.
+// A warp's sums over its slice of `blocks` K-blocks. With slices the last stage is not given back.
 template <class T>
 __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
                                            float (&acc)[T::MT][T::NT][4]) {
-  constexpr int kSteps = T::kSteps, kPairs = (T::NT + 1) / 2;
+  constexpr int kPairs = (T::NT + 1) / 2;
   constexpr int kLoadRows = (T::MT + 1) / 2;  // rows of fragments in whose time the next are loaded
   using Rows = ReaderBf16<T::kRowsMajor, T::kBlockRows, T::kBlockK, T::kRowsAtom, T::kKAtom>;
   using Cols = ReaderBf16<T::kColsMajor, T::kBlockCols, T::kBlockK, T::kColsAtom, T::kKAtom>;
   const WarpPlace<T> place = WarpPlace<T>::now();
-  const Rows rows = Rows::template at<true>(place.row, place.slice * kSteps);
-  const Cols cols = Cols::template at<false>(place.col, place.slice * kSteps);
+  const Rows rows = Rows::template at<true>(place.row, 2 * place.slice);
+  const Cols cols = Cols::template at<false>(place.col, 2 * place.slice);
 
-  // While one step of 16 k is multiplied the next one's fragments are loaded, across stages too.
+  // While one step of 16 k is multiplied the next one's fragments are loaded, across stages too. A
+  // stage is given back as soon as its second step's are there. No jump divides a step, so that the
+  // next stage's barrier is looked at while MMAs are issued.
   uint32_t a[2][T::MT][4], b[2][kPairs][4];
   if (blocks <= 0) return;
-  mbarrier_wait(ring.full(), ring.at.parity);
+  mbarrier_wait(ring.full(), ring.parity());
 #pragma unroll
   for (int i = 0; i < T::MT; ++i) rows.load(a[0][i], ring.rows(), i, 0);
 #pragma unroll
@@ -235,37 +245,51 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
 #pragma unroll 1
   for (; blocks > 0; --blocks) {
     const bool more = blocks > 1;
+    Bf16Ring<T> next = ring;
+    next.advance();
+    bool next_full = false;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int now = step % 2, then = 1 - now, next_step = (step + 1) % kSteps;
-      const bool last_step = step == kSteps - 1;
-      const uint32_t empty = ring.empty();
-      if (last_step && more) {  // else the loads below read this stage again, for nothing
-        ring.at.advance();
-        mbarrier_wait(ring.full(), ring.at.parity);
+    for (int step = 0; step < 2; ++step) {
+      const int then = 1 - step;
+      if (step == 1 && more) {  // else the loads below read this stage again, for nothing
+        if (!next_full) mbarrier_wait(next.full(), next.parity());
+        ring.at = next.at;
       }
 #pragma unroll
       for (int i = 0; i < T::MT; ++i) {
         // All loads in the first half of the step.
 #pragma unroll
         for (int x = 2 * i; x < min(2 * i + 2, T::MT); ++x) {
-          rows.load(a[then][x], ring.rows(), x, next_step);
+          rows.load(a[then][x], ring.rows(), x, then);
         }
 #pragma unroll
         for (int j = kPairs * i / kLoadRows; j < min(kPairs * (i + 1) / kLoadRows, kPairs); ++j) {
-          cols.load(b[then][j], ring.cols(), j, next_step);
+          cols.load(b[then][j], ring.cols(), j, then);
         }
 #pragma unroll
         for (int j = 0; j < T::NT; ++j) {
-          const uint32_t (&pair)[4] = b[now][j / 2];
+          const uint32_t (&pair)[4] = b[step][j / 2];
           const uint32_t column[2] = {pair[j % 2 * 2], pair[j % 2 * 2 + 1]};
-          mma_bf16(acc[i][j], a[now][i], column);
+          mma_bf16(acc[i][j], a[step][i], column);
         }
-        if (last_step && i == kLoadRows - 1 && (more || T::kSlices == 1)) release_stage(empty);
+        if (T::kLooksAhead && step == 0 && i == kLoadRows - 1) {
+          next_full = mbarrier_test(next.full(), next.parity());
+        }
+      }
+      if (step == 0) {
+        uint32_t loaded = 0;  // from this stage, in either step
+#pragma unroll
+        for (int x = 0; x < 2 * T::MT; ++x) loaded |= a[x % 2][x / 2][0];
+#pragma unroll
+        for (int x = 0; x < 2 * kPairs; ++x) loaded |= b[x % 2][x / 2][0];
+        release_loaded_stage(ring.empty(), loaded, more);
       }
     }
   }
-  if (T::kSlices == 1) ring.at.advance();
+  if constexpr (T::kSlices == 1) {
+    release_stage(ring.empty());
+    ring.advance();
+  }
 }
 
 // A tile's sums of the chains of MMAs so far, kept by the thread that has them.
@@ -297,43 +321,43 @@ __device__ __forceinline__ void add_carried(const GemmParams& p,
 // the tile's last stage, which no warp has given back yet; it is given back.
 template <class T>
 __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ring<T>& ring) {
-  const int slice = WarpPlace<T>::now().slice;
-  const int thread = threadIdx.x % (T::kSliceWarps * kWarpSize);
-  const auto scratch = [&](int of) {
-    return static_cast<float4*>(smem_pointer(ring.rows() + of * T::kScratchBytes)) + thread;
-  };
+  constexpr int kRound = T::kStageBytes / (16 * kMathThreads);  // fragments that fit the stage
+  constexpr int kSliceThreads = T::kSliceWarps * kWarpSize;
+  constexpr int kFragments = T::kStoreRows * T::NT;             // of a thread, that it gives away
   constexpr int kUnroll = T::MT * T::NT <= 2 ? T::kSlices : 1;  // where latency counts
-  constexpr int kGiven = T::kHalves ? T::kStoreRows : 0;        // first fragment to be given away
-  if constexpr (T::kHalves) {
+  const int slice = WarpPlace<T>::now().slice;
+  float4* const scratch = static_cast<float4*>(smem_pointer(ring.rows())) + threadIdx.x;
+  auto& sums = reinterpret_cast<float (&)[T::MT * T::NT][4]>(acc);
+  if constexpr (T::kHalves) {  // its own half first
 #pragma unroll
-    for (int x = 0; x < kGiven * T::NT * 4; ++x) {
-      float& low = acc[x / 4 / T::NT][x / 4 % T::NT][x % 4];
-      float& high = acc[kGiven + x / 4 / T::NT][x / 4 % T::NT][x % 4];
+    for (int x = 0; x < kFragments * 4; ++x) {
+      float& low = sums[x / 4][x % 4];
+      float& high = sums[kFragments + x / 4][x % 4];
       const float own = slice > 0 ? high : low, other = slice > 0 ? low : high;
       low = own, high = other;
     }
   }
 #pragma unroll
-  for (int i0 = 0; i0 < T::kStoreRows; i0 += T::kRoundFragments) {
+  for (int first = 0; first < kFragments; first += kRound) {
+    const int count = min(kRound, kFragments - first);
     // All reads of the stage as operands, and of the round before, are over.
     named_barrier<1, kMathThreads>();
     if (T::kHalves || slice > 0) {
-      float4* mine = scratch(slice);
 #pragma unroll
-      for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
-        const float (&v)[4] = acc[kGiven + i0 + f / T::NT][f % T::NT];
-        mine[f * T::kSliceWarps * kWarpSize] = make_float4(v[0], v[1], v[2], v[3]);
+      for (int f = 0; f < count; ++f) {
+        const float (&v)[4] = sums[(T::kHalves ? kFragments : 0) + first + f];
+        scratch[f * kMathThreads] = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
     named_barrier<1, kMathThreads>();
     if (!T::kHalves && slice > 0) continue;
 #pragma unroll kUnroll
     for (int x = 1; x < T::kSlices; ++x) {
-      const float4* theirs = scratch(slice ^ x);
+      const float4* theirs = scratch + ((slice ^ x) - slice) * kSliceThreads;
 #pragma unroll
-      for (int f = 0; f < T::kRoundFragments * T::NT; ++f) {
-        float (&v)[4] = acc[i0 + f / T::NT][f % T::NT];
-        const float4 add = theirs[f * T::kSliceWarps * kWarpSize];
+      for (int f = 0; f < count; ++f) {
+        float (&v)[4] = sums[first + f];
+        const float4 add = theirs[f * kMathThreads];
         v[0] += add.x, v[1] += add.y, v[2] += add.z, v[3] += add.w;
       }
     }
@@ -342,7 +366,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
   // producer; this one does it where racecheck sees it.
   named_barrier<1, kMathThreads>();
   release_stage(ring.empty());
-  ring.at.advance();
+  ring.advance();
 }
 
 template <class T>
@@ -354,14 +378,18 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   if (threadIdx.x == 0) {  // a thread for each would take longer: the address must be uniform
 #pragma unroll
     for (int s = 0; s < T::kStages; ++s) {
-      mbarrier_init(ring.base + T::kFullAt + 8 * s, kCopyWarps);
+      mbarrier_init(ring.base + T::kFullAt + 8 * s, T::kFullArrivals);
       mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
     }
     mbarrier_init_fence();
-  } else if (threadIdx.x == kMathThreads + kWarpSize) {
-    mbarrier_init(ring.cut(false), 1);
-    mbarrier_init(ring.cut(true), 1);
-    mbarrier_init_fence();
+  } else if (threadIdx.x == kWarpSize) {
+    queue.init_barriers(kMathWarps + kCopyWarps);
+  } else if (threadIdx.x == kMathThreads + 3 * kWarpSize) {  // of the warp that has no role
+    if constexpr (T::kAnyK) {
+      mbarrier_init(ring.cut(false), 1);
+      mbarrier_init(ring.cut(true), 1);
+      mbarrier_init_fence();
+    }
     if (p.k_blocks > 0) {  // else there are no maps
       tma_prefetch_map(&p.rows);
       tma_prefetch_map(&p.cols);
@@ -370,19 +398,16 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<T::kProducerRegisters>();
-    if (warp == kMathWarps) return schedule<T>(p, queue, kMathWarps + kCopyWarps);
-    finish_setup();
-    if (T::kAnyK || lane_id() == 0) {
-      if (warp == kMathWarps + 1) produce<T, false>(p, ring, queue);
-      if (warp == kMathWarps + 2) produce<T, true>(p, ring, queue);
-    }
-    return;
+    if (warp == kMathWarps) return schedule<T>(p, queue);
+    if (warp == kMathWarps + 1) return produce<T, false>(p, ring, queue);
+    if (warp == kMathWarps + 2) return produce<T, true>(p, ring, queue);
+    return finish_setup();
   }
 
   finish_setup();
   grow_registers<T::kMathRegisters>();
   // Begun anew here: ptxas keeps in local memory what lives on from where registers were few.
-  ring.at.stage = new_zero(), ring.at.parity = new_zero(), queue.count = new_zero();
+  ring.at = new_zero(), queue.count = new_zero();
   // The parameters of the stores come into the constant cache, cold when a kernel starts, while
   // there is nothing else to do.
   read_here(p.out.d, p.out.mid);

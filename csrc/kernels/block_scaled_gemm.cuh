@@ -127,17 +127,18 @@ __device__ __forceinline__ void load_operand(uint32_t dst, const CUtensorMap* ma
 // Producer: one thread copies every tile's stages, running ahead as far as the ring allows.
 template <class T>
 __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQueue<T> queue) {
-  if (p.k_blocks > 0) {  // else there are no maps
-    tma_prefetch_map(&p.rows);
-    tma_prefetch_map(&p.cols);
-    tma_prefetch_map(&p.rows_scale);
-    tma_prefetch_map(&p.cols_scale);
-  }
+  Tile tile;
+  bool known = TileScheduler<T>::find_first(p, tile);
+  finish_setup();
+  if (lane_id() > 0) return;
   // Few tokens: little code to fetch before the first copies.
   constexpr int kUnroll = T::kDeep == 1 ? 2 : 1;
   for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
-    const Tile tile = queue.read();
+    if (!known) {
+      mbarrier_wait(queue.full(), queue.parity());
+      tile = queue.read();
+    }
+    known = false;
     if (tile.group < 0) break;
 #pragma unroll kUnroll
     for (int block = tile.k_begin; block < tile.k_end; block += T::kDeep) {
@@ -376,18 +377,27 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   Ring<T> ring;
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
-  if (threadIdx.x < T::kStages) {
-    mbarrier_init(ring.base + T::kFullAt + 8 * threadIdx.x, 1);
-    mbarrier_init(ring.base + T::kEmptyAt + 8 * threadIdx.x, kMathWarps);
+  if (threadIdx.x == 0) {  // a thread for each would take longer: the address must be uniform
+#pragma unroll
+    for (int s = 0; s < T::kStages; ++s) {
+      mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
+      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
+    }
     mbarrier_init_fence();
+  } else if (threadIdx.x == kWarpSize) {
+    queue.init_barriers(kMathWarps + 1);
+  } else if (threadIdx.x == kMathThreads + 2 * kWarpSize && p.k_blocks > 0) {  // else no maps
+    tma_prefetch_map(&p.rows);
+    tma_prefetch_map(&p.cols);
+    tma_prefetch_map(&p.rows_scale);
+    tma_prefetch_map(&p.cols_scale);
   }
   const int warp = threadIdx.x / kWarpSize;
   if (warp >= kMathWarps) {
     shrink_registers<40>();
-    if (warp == kMathWarps) return schedule<T>(p, queue, kMathWarps + 1);
-    finish_setup();
-    if (threadIdx.x == kMathThreads + kWarpSize) produce<T>(p, ring, queue);
-    return;
+    if (warp == kMathWarps) return schedule<T>(p, queue);
+    if (warp == kMathWarps + 1) return produce<T>(p, ring, queue);
+    return finish_setup();
   }
   finish_setup();
 

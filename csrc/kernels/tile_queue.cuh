@@ -36,6 +36,7 @@ struct TileQueue {
       mbarrier_init(base + kFullAt + 8 * s, 1);
       mbarrier_init(base + kEmptyAt + 8 * s, readers);
     }
+    mbarrier_init_fence();
   }
 
   __device__ void write(const Tile& t) const {
@@ -64,17 +65,11 @@ __device__ __forceinline__ void finish_setup() {
   pdl_wait();
 }
 
-// Scheduler: one warp, ahead of the others as far as the queue allows. It begins before the CTA's
-// setup is finished, unless global memory says which tiles there are. With kChains, a tile whose
+// Scheduler: one warp, ahead of the others as far as the queue allows. With kChains, a tile whose
 // sums are longer than one chain goes out as several, one after the other.
 template <class T>
-__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue, int readers) {
-  if (lane_id() == 0) {
-    queue.init_barriers(readers);
-    mbarrier_init_fence();
-  }
-  bool ready = p.schedule > Schedule::kBatch;
-  if (ready) finish_setup();
+__device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue) {
+  finish_setup();
   TileScheduler<T> scheduler(p);
   Tile tile;
   do {
@@ -90,8 +85,6 @@ __device__ __forceinline__ void schedule(const GemmParams& p, TileQueue<T> queue
         queue.write(tile);
         mbarrier_arrive(queue.full());
       }
-      if (!ready) finish_setup();
-      ready = true;
       ++queue.count;
       tile.k_begin = tile.k_end, tile.chain = kCarried;
     } while (T::kChains && tile.k_begin < k_end);

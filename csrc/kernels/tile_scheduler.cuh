@@ -30,6 +30,18 @@ class TileScheduler {
     return p_.schedule == Schedule::kSplit ? next_range() : next_whole();
   }
 
+  // A CTA's first tile, where it takes no division to find it: who copies it need not wait for the
+  // scheduling warp then. False elsewhere.
+  static __device__ __forceinline__ bool find_first(const GemmParams& p, Tile& tile) {
+    const bool column = p.col_tiles == 1;
+    tile.row = column ? blockIdx.x * T::kBlockRows : 0;
+    tile.col = column ? 0 : blockIdx.x * T::kBlockCols;
+    tile.k_begin = 0, tile.k_end = p.k_blocks, tile.group = 0;
+    bool one_chain = true;
+    if constexpr (T::kChains) one_chain = p.k_blocks <= p.chain;
+    return p.schedule == Schedule::kTiles && (column || p.row_tiles == 1) && one_chain;
+  }
+
   // A tile with all of K; `index` counts those of one product after the other.
   static __device__ __forceinline__ Tile whole_tile(const GemmParams& p, int index) {
     const int tiles = p.row_tiles * p.col_tiles;
