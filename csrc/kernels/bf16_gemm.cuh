@@ -375,13 +375,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   Bf16Ring<T> ring;
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
-  if (threadIdx.x == 0) {  // a thread for each would take longer: the address must be uniform
-#pragma unroll
-    for (int s = 0; s < T::kStages; ++s) {
-      mbarrier_init(ring.base + T::kFullAt + 8 * s, T::kFullArrivals);
-      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
-    }
-    mbarrier_init_fence();
+  if (threadIdx.x == 0) {
+    init_ring<T>(ring.base, T::kFullArrivals);
   } else if (threadIdx.x == kWarpSize) {
     queue.init_barriers(kMathWarps + kCopyWarps);
   } else if (threadIdx.x == kMathThreads + 3 * kWarpSize) {  // of the warp that has no role

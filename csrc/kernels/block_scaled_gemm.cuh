@@ -377,13 +377,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   Ring<T> ring;
   TileQueue<T> queue;
   ring.base = queue.base = opaque(smem_address(smem));
-  if (threadIdx.x == 0) {  // a thread for each would take longer: the address must be uniform
-#pragma unroll
-    for (int s = 0; s < T::kStages; ++s) {
-      mbarrier_init(ring.base + T::kFullAt + 8 * s, 1);
-      mbarrier_init(ring.base + T::kEmptyAt + 8 * s, kMathWarps);
-    }
-    mbarrier_init_fence();
+  if (threadIdx.x == 0) {
+    init_ring<T>(ring.base, 1);
   } else if (threadIdx.x == kWarpSize) {
     queue.init_barriers(kMathWarps + 1);
   } else if (threadIdx.x == kMathThreads + 2 * kWarpSize && p.k_blocks > 0) {  // else no maps

@@ -58,6 +58,18 @@ struct TileQueue {
   }
 };
 
+// The barriers of a kernel's ring of stages, by one thread: one for each barrier would take longer,
+// since the address must be uniform. Traits say where they are (kFullAt, kEmptyAt).
+template <class Traits>
+__device__ __forceinline__ void init_ring(uint32_t base, int full_arrivals) {
+#pragma unroll
+  for (int s = 0; s < Traits::kStages; ++s) {
+    mbarrier_init(base + Traits::kFullAt + 8 * s, full_arrivals);
+    mbarrier_init(base + Traits::kEmptyAt + 8 * s, kMathWarps);
+  }
+  mbarrier_init_fence();
+}
+
 // Ends a CTA's setup, for every warp at a place of its own: all barriers are there, and global
 // memory may be touched.
 __device__ __forceinline__ void finish_setup() {
