@@ -31,7 +31,7 @@ namespace {
 
 struct Traits {
   static constexpr int kBlockRows = 64, kBlockCols = 16;
-  static constexpr bool kAnyK = true;
+  static constexpr bool kAnyK = true, kChains = true;
 };
 
 int draw(std::mt19937& random, int low, int high) {
@@ -41,6 +41,8 @@ int draw(std::mt19937& random, int low, int high) {
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
+
+int found_first = 0;  // CTAs whose first tile was known without the scheduler
 
 // Tiles of every CTA, in its order; all lanes must agree on them.
 std::vector<std::vector<Tile>> run_all(const GemmParams& p, int grid) {
@@ -62,6 +64,15 @@ std::vector<std::vector<Tile>> run_all(const GemmParams& p, int grid) {
             "lanes have other tiles");
     }
     tiles[cta] = of_lane[0];
+    Tile first;  // as the copying warps find it; a launch has no CTA without a tile
+    if (!tiles[cta].empty() && TileScheduler<Traits>::find_first(p, first)) {
+      const Tile& t = tiles[cta][0];
+      check(first.row == t.row && first.col == t.col && first.group == t.group &&
+                first.k_begin == t.k_begin && first.k_end == t.k_end,
+            "CTA %d's first tile found at %d, %d", cta, first.row, first.col);
+      check(t.k_end <= p.chain, "the first tile is not all of K");
+      ++found_first;
+    }
   }
   return tiles;
 }
@@ -249,9 +260,12 @@ void check_single(std::mt19937& random, Schedule schedule) {
   std::memset(p.get(), 0, sizeof(*p));
   p->schedule = schedule;
   p->num_rows = draw(random, 1, 3000), p->num_cols = draw(random, 1, 500);
+  if (draw(random, 0, 2) == 0) p->num_rows = draw(random, 1, Traits::kBlockRows);
+  if (draw(random, 0, 2) == 0) p->num_cols = draw(random, 1, Traits::kBlockCols);
   p->row_tiles = ceil_div(p->num_rows, Traits::kBlockRows);
   p->col_tiles = ceil_div(p->num_cols, Traits::kBlockCols);
   p->k_blocks = draw(random, 1, 9);
+  p->chain = draw(random, 0, 2) ? 1 << 30 : draw(random, 1, 9);
   const bool by_blocks = schedule == Schedule::kBlocks, spans = schedule == Schedule::kSpans;
   const bool single = schedule == Schedule::kTiles;
   const int groups = spans ? draw(random, 1, 100) : single ? 1 : draw(random, 1, 6);
@@ -314,5 +328,6 @@ int main() {
     check_single(random, Schedule::kSpans);
   }
   check_order();
+  check(found_first > 500, "%d first tiles found", found_first);
   printf("every tile once\n");
 }
