@@ -52,6 +52,32 @@ def require_dtype(op: str, arg: str, tensor: torch.Tensor, dtypes: tuple[torch.d
         fail_type(op, arg, f"dtype {requirement}", tensor.dtype)
 
 
+def output_dtype(
+    op: str,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    c: torch.Tensor | None = None,
+    default: torch.dtype = torch.bfloat16,
+) -> torch.dtype:
+    """The dtype of a result: that of ``out``, one of ``dtypes``, which ``out_dtype`` must not
+    contradict; without ``out`` it is ``out_dtype``, or else that of ``c``, or else the default.
+    """
+    if out is not None:
+        require_tensor(op, "out", out)
+        require_dtype(op, "out", out, dtypes)
+        if out_dtype is not None and out.dtype != out_dtype:
+            fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
+        return out.dtype
+    if out_dtype is not None:
+        return out_dtype
+    if c is None:
+        return default
+    require_tensor(op, "c", c)
+    return c.dtype
+
+
 def require_choice(op: str, arg: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         names = ", ".join(repr(choice) for choice in choices[:-1])
@@ -68,19 +94,25 @@ def require_same_device(op: str, first: str, **tensors: torch.Tensor | None) -> 
 
 
 def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
-    """The ops have no backward; an output that silently cuts the graph would be a trap."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    message(
-                        op,
-                        name,
-                        "a tensor that needs no gradient (the op is for inference only: call it "
-                        "under torch.no_grad() or torch.inference_mode(), or detach() its input)",
-                        "requires_grad=True with grad mode on",
-                    )
+    """Each a tensor that needs no gradient, or None.
+
+    The ops have no backward; an output that silently cuts the graph would be a trap.
+    """
+    grad_mode = torch.is_grad_enabled()
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        require_tensor(op, name, tensor)
+        if grad_mode and tensor.requires_grad:
+            raise RuntimeError(
+                message(
+                    op,
+                    name,
+                    "a tensor that needs no gradient (the op is for inference only: call it "
+                    "under torch.no_grad() or torch.inference_mode(), or detach() its input)",
+                    "requires_grad=True with grad mode on",
                 )
+            )
 
 
 def has_address(tensor: torch.Tensor) -> bool:

@@ -288,6 +288,10 @@ def test_gemm_c_and_out(device: torch.device, a: Pair, b: Pair) -> None:
         run(out=c.half())
     with refused("gemm", "out", "dtype torch.bfloat16 (out_dtype)", "torch.float32", TypeError):
         run(out=c, out_dtype=torch.bfloat16)
+    with refused("gemm", "out", "a torch.Tensor", "list", TypeError):
+        run(out=[c])
+    with refused("gemm", "c", "a torch.Tensor", "float", TypeError):
+        run(c=1.0)
     with refused("gemm", "out", "stride(1) == 1", "strides [24, 2]"):
         run(out=torch.zeros(M, 24, device=device)[:, ::2])
     with refused("gemm", "out", "a row stride >= 12", "strides [0, 1]"):

@@ -121,9 +121,13 @@ def test_c_and_out(device: torch.device) -> None:
         einsum(BHR, x, w, c=torch.zeros(D, B, H, device=device).permute(1, 2, 0))
     with refused("out", r"shape \[6, 4, 40\]", r"\[6, 4, 48\]"):
         einsum(BHR, x, w, out=torch.zeros(B, H, 48, device=device))
-    with refused("out", "dtype torch.bfloat16 or torch.float32|.*", "torch.float16"):
+    with refused("out", "dtype torch.bfloat16 or torch.float32", "torch.float16", TypeError):
         einsum(BHR, x, w, out=c.half())
-    with refused("out", "dtype torch.bfloat16", "torch.float32", TypeError):
+    with refused("out", "a torch.Tensor", "list", TypeError):
+        einsum(BHR, x, w, out=[c])  # type: ignore[arg-type]
+    with refused("c", "a torch.Tensor", "float", TypeError):
+        einsum(BHR, x, w, c=1.0)  # type: ignore[arg-type]
+    with refused("out", r"dtype torch.bfloat16 \(out_dtype\)", "torch.float32", TypeError):
         einsum(BHR, x, w, out=c, out_dtype=torch.bfloat16)
     overlap = "rows and matrices that do not overlap"
     with refused("out", overlap, "strides"):

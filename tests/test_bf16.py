@@ -168,6 +168,10 @@ def test_bad_c_and_out(device: torch.device) -> None:
         bf16_gemm(a, b, out=c.half())
     with refused("out", r"dtype torch.bfloat16 \(out_dtype\)", "torch.float32", TypeError):
         bf16_gemm(a, b, out=c, out_dtype=torch.bfloat16)
+    with refused("out", "a torch.Tensor", "list", TypeError):
+        bf16_gemm(a, b, out=[c])  # type: ignore[arg-type]
+    with refused("c", "a torch.Tensor", "float", TypeError):
+        bf16_gemm(a, b, c=1.0)  # type: ignore[arg-type]
     with refused("out", "a row stride >= 12", r"strides \[0, 1\]"):
         bf16_gemm(a, b, out=c[:1].expand(8, -1))
     buffer = torch.zeros(16, 12, device=device)

@@ -137,13 +137,7 @@ def bf16_gemm(
     _check.require_no_grad(op, a=a, b=b, c=c)
     a = a.t() if layout[0] == "t" else a
     b = b.t() if layout[1] == "n" else b
-    leader = out if out is not None else c
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if leader is None else leader.dtype
-    if out is not None:
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        if out.dtype != out_dtype:
-            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
+    out_dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, c=c)
     if not torch.compiler.is_compiling():
         shape = _check_bf16(a, b, out_dtype, c)
         if out is not None:

@@ -147,12 +147,7 @@ def _run(
     _check.require_tensor(op, "a", a, rank=3 if OPS[op] == MASKED else 2)
     _check.require_tensor(op, "b", b, rank=3)
     _check.require_no_grad(op, a=a, b=b)
-    if out is not None:
-        _check.require_tensor(op, "out", out)
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        if out_dtype is not None and out.dtype != out_dtype:
-            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
-    dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+    dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES)
     if not torch.compiler.is_compiling():
         shape = _check_grouped(op, inputs, dtype, options)
         if out is not None:

@@ -169,16 +169,10 @@ def bf16_k_grouped_gemm(
     _check.require_tensor(OP, "a", a, rank=2)
     _check.require_tensor(OP, "b", b, rank=2)
     _check.require_no_grad(OP, a=a, b=b)
-    if out is not None:
-        _check.require_tensor(OP, "out", out)
-        _check.require_dtype(OP, "out", out, OUT_DTYPES)
-        if out_dtype is not None and out.dtype != out_dtype:
-            _check.fail_type(OP, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
     if c is not None:
         _check.require_tensor(OP, "c", c, rank=3)
         _check.require_no_grad(OP, c=c)
-    like = out if out is not None else c
-    dtype = out_dtype or (torch.bfloat16 if like is None else like.dtype)
+    dtype = _check.output_dtype(OP, out_dtype, out, OUT_DTYPES, c=c)
     inputs = (a, b, ks)
     if not torch.compiler.is_compiling():
         shape = _check_k_grouped(*inputs, dtype, c)

@@ -337,13 +337,7 @@ def gemm(
     b_data, sfb, gran_k_b = prepare(op, "b", b, layout[1] == "n", gran_k_b, validate)
     _check.require_no_grad(op, c=c)
     splits = [] if head_splits is None else list(head_splits)
-    leader = out if out is not None else c
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if leader is None else leader.dtype
-    if out is not None:
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        if out.dtype != out_dtype:
-            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
+    out_dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, c=c)
     if not torch.compiler.is_compiling():
         shape = _check_gemm(a_data, sfa, b_data, sfb, gran_k_a, gran_k_b, out_dtype, c, splits)
         if out is not None:

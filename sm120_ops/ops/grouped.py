@@ -174,12 +174,7 @@ def _run(
     else:
         a_data, sfa, gran_k_a = prepare(op, "a", a, False, gran_k_a, validate_scales)
     b_data, sfb, gran_k_b = prepare_groups(op, "b", b, gran_k_b, validate_scales)
-    if out is not None:
-        _check.require_tensor(op, "out", out)
-        _check.require_dtype(op, "out", out, OUT_DTYPES)
-        if out_dtype is not None and out.dtype != out_dtype:
-            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
-    dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+    dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES)
     inputs = (a_data, sfa, b_data, sfb, index)
     if not torch.compiler.is_compiling():
         shape = _check_grouped(op, inputs, (gran_k_a, gran_k_b), dtype, options)

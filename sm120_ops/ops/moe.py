@@ -353,18 +353,11 @@ def moe_combine(
         y [T, N]; zero for a token without slots.
     """
     op = "moe_combine"
-    if out is not None:
-        _check.require_tensor(op, "out", out)
-        if out_dtype is not None and out.dtype != out_dtype:
-            _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
-        out_dtype = out.dtype
     _check.require_tensor(op, "x", x)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
+    out_dtype = _check.output_dtype(op, out_dtype, out, FLOAT_DTYPES, default=x.dtype)
     ids = None if bias is None else topk_ids
     _check.require_no_grad(op, x=x, topk_weights=topk_weights, bias=bias)
     if not torch.compiler.is_compiling():
-        if out is not None:
-            _check.require_dtype(op, "out", out, FLOAT_DTYPES)
         shape = _check_combine(x, rows, topk_weights, bias, ids, out_dtype)
         if out is not None:
             _check_combine_out(out, shape, x, rows, topk_weights, bias, ids)

@@ -237,15 +237,6 @@ def _pair(op: str, arg: str, value: Quantised) -> tuple[torch.Tensor, torch.Tens
     return (as_bytes(data) if data.dtype in FP4_DTYPES else data), scale
 
 
-def _out_dtype(op: str, out: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
-    if out is None:
-        return torch.float32 if out_dtype is None else out_dtype
-    _check.require_tensor(op, "out", out)
-    if out_dtype is not None and out.dtype != out_dtype:
-        _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
-    return out.dtype
-
-
 def mqa_logits(
     q: Quantised,
     k: Quantised,
@@ -279,7 +270,7 @@ def mqa_logits(
     if k_scale is None:
         _check.fail_type(op, "k", "a pair (data, scale)", type(k).__name__)
     _check.require_no_grad(op, weights=weights)
-    dtype = _out_dtype(op, out, out_dtype)
+    dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, default=torch.float32)
     args = (q_data, q_scale, k_data, k_scale, weights, starts, ends)
     if not torch.compiler.is_compiling():
         check_ragged(*args)
@@ -331,7 +322,7 @@ def paged_mqa_logits(
     op = "paged_mqa_logits"
     q_data, q_scale = _pair(op, "q", q)
     _check.require_no_grad(op, weights=weights)
-    dtype = _out_dtype(op, out, out_dtype)
+    dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, default=torch.float32)
     args = (q_data, q_scale, kv_cache, weights, context_lens, block_table)
     if not torch.compiler.is_compiling():
         check_paged(*args, metadata, indices)
