@@ -79,9 +79,17 @@ def output_dtype(
 
 
 def require_choice(op: str, arg: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
+    # 32.0 equals 32, and a tensor or array compared with it is neither true nor false.
+    odd = isinstance(value, float | torch.Tensor) or type(value).__hash__ is None
+    if odd or value not in choices:
         names = ", ".join(repr(choice) for choice in choices[:-1])
         fail(op, arg, f"{names} or {choices[-1]!r}", repr(value))
+
+
+def require_number(op: str, arg: str, value: object, *, integer: bool = False) -> None:
+    kinds = (int, torch.SymInt) if integer else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, kinds):
+        fail_type(op, arg, "an int" if integer else "a number", type(value).__name__)
 
 
 def require_same_device(op: str, first: str, **tensors: torch.Tensor | None) -> None:

@@ -336,6 +336,8 @@ def gemm(
     a_data, sfa, gran_k_a = prepare(op, "a", a, layout[0] == "t", gran_k_a, validate)
     b_data, sfb, gran_k_b = prepare(op, "b", b, layout[1] == "n", gran_k_b, validate)
     _check.require_no_grad(op, c=c)
+    if head_splits is not None and not isinstance(head_splits, list | tuple):
+        _check.fail_type(op, "head_splits", "(left, mid, right)", type(head_splits).__name__)
     splits = [] if head_splits is None else list(head_splits)
     out_dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, c=c)
     if not torch.compiler.is_compiling():

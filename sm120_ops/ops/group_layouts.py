@@ -38,6 +38,7 @@ Run = tuple[int, int, int]  # expert, first row, end; of A's matrix `expert` if 
 def check_options(op: str, options: Mapping[str, int]) -> None:
     _check.require_choice(op, "alignment", options.get("alignment", 128), ALIGNMENTS)
     expected_m = options.get("expected_m", 0)
+    _check.require_number(op, "expected_m", expected_m, integer=True)
     _check.require(expected_m >= 0, op, "expected_m", "a row count, or 0 for unknown", expected_m)
 
 

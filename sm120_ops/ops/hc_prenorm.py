@@ -70,12 +70,14 @@ def _check_prenorm(
         _check.fail(op, "fn", f"N to be a multiple of 8, 8 to {MAX_N}", f"N={n}")
     _check.require_same_device(op, "x", x=x, fn=fn)
     if eps is not None:
+        _check.require_number(op, "eps", eps)
         if not (math.isfinite(eps) and eps >= 0):
             _check.fail(op, "eps", "None or a finite number >= 0", eps)
         if num_splits is not None:
             _check.fail(op, "eps", "None with num_splits (a part of K has no norm)", eps)
     if num_splits is None:
         return (m, n), (m,)
+    _check.require_number(op, "num_splits", num_splits, integer=True)
     if not 1 <= num_splits <= k // BLOCK_K:
         requirement = f"None or 1 to K / {BLOCK_K} = {k // BLOCK_K}"
         _check.fail(op, "num_splits", requirement, num_splits)

@@ -58,7 +58,9 @@ def _check_topk(
         check_ints(op, "starts", starts, (rows,))
     elif relative:
         _check.fail_type(op, "starts", "a tensor, for relative=True", "None")
+    _check.require_number(op, "k", k, integer=True)
     _check.require(1 <= k <= MAX_K, op, "k", f"1 .. {MAX_K}", k)
+    _check.require_number(op, "block_kv", block_kv, integer=True)
     if block_table is not None:
         _check.require_tensor(op, "block_table", block_table, rank=2)
         _check.require_dtype(op, "block_table", block_table, (torch.int32,))
@@ -162,7 +164,7 @@ def indexer_topk(
     args = (logits, starts, ends, k, relative, block_table, block_kv)
     if not torch.compiler.is_compiling():
         _check_topk(*args)
-    _check.require_no_grad("indexer_topk", logits=logits)
+    _check.require_no_grad("indexer_topk", logits=logits, out=out)
     if out is None:
         return torch.ops.sm120.indexer_topk.default(*args)
     torch.ops.sm120.indexer_topk.out(*args, out=out)

@@ -118,6 +118,7 @@ def _check_route(
     check_ids(op, topk_ids)
     if topk_ids.shape[0] != x.shape[0]:
         _check.fail(op, "topk_ids", f"shape [{x.shape[0]}, topk], as x", topk_ids.shape)
+    _check.require_number(op, "num_experts", num_experts, integer=True)
     if not 1 <= num_experts <= MAX_EXPERTS:
         _check.fail(op, "num_experts", f"1 to {MAX_EXPERTS}", num_experts)
     _check.require_choice(op, "alignment", alignment, ALIGNMENTS)

@@ -197,6 +197,7 @@ def _check_schedule(
     op = "paged_mqa_metadata"
     check_lens(op, context_lens, indices, None)
     requirement = f"a CTA count in 1 .. {MAX_CTAS}"
+    _check.require_number(op, "num_ctas", num_ctas, integer=True)
     _check.require(1 <= num_ctas <= MAX_CTAS, op, "num_ctas", requirement, num_ctas)
     return num_ctas + 1, 2
 
@@ -270,6 +271,7 @@ def mqa_logits(
     if k_scale is None:
         _check.fail_type(op, "k", "a pair (data, scale)", type(k).__name__)
     _check.require_no_grad(op, weights=weights)
+    _check.require_number(op, "max_seqlen_k", max_seqlen_k, integer=True)
     dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, default=torch.float32)
     args = (q_data, q_scale, k_data, k_scale, weights, starts, ends)
     if not torch.compiler.is_compiling():

@@ -1,0 +1,90 @@
+"""Every argument of the public functions, replaced by things that it is not.
+
+Each must be refused with the text of sm120_ops._check: op, argument, requirement, got. Flags take
+anything, as in Python.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sm120_ops
+
+GARBAGE = {
+    "float": 1.5,
+    "str": "x",
+    "list": [1],
+    "object": object(),
+    "array": np.zeros(3),
+    "tensor": torch.zeros(3, dtype=torch.int8),
+    "None": None,
+}
+FLAGS = {"validate", "validate_scales", "relative", "clean"}
+# Numbers that need not be whole; what BF16 operands have no use for.
+TAKEN = {("hc_prenorm", "eps", "float")} | {
+    ("einsum", arg, name) for arg in ("gran_k_a", "gran_k_b") for name in GARBAGE
+}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def calls() -> dict[str, dict[str, Any]]:
+    a, b = (sm120_ops.quantize(normal(rows, 64), "mxfp8", 32) for rows in (8, 16))
+    gran: dict[str, Any] = {"gran_k_a": 32, "gran_k_b": 32}
+    tokens = sm120_ops.quantize(normal(128, 128), "mxfp8", 32)
+    experts = [sm120_ops.quantize(normal(64, 128), "mxfp8", 32) for _ in range(4)]
+    scales = torch.stack([scale.t().contiguous() for _, scale in experts]).transpose(1, 2)
+    weights = (torch.stack([data for data, _ in experts]), scales)
+    rows, matrices = normal(128, 128), normal(4, 64, 128)
+    index = torch.zeros(128, dtype=torch.int32)
+    return {
+        "quantize": {"x": normal(8, 64)},
+        "dequantize": {"data": a[0], "scale": a[1]},
+        "gemm": {"a": a, "b": b, **gran},
+        "bf16_gemm": {"a": normal(8, 64), "b": normal(16, 64)},
+        "einsum": {"equation": "bhr,hdr->bhd", "a": normal(3, 2, 64), "b": normal(2, 8, 64)},
+        "grouped_gemm": {"a": tokens, "b": weights, "m_indices": index, **gran},
+        "bf16_grouped_gemm": {"a": rows, "b": matrices, "m_indices": index},
+        "bf16_grouped_gemm_psum": {"a": rows, "b": matrices, "group_ends": ints(9, 128, 128, 128)},
+        "bf16_grouped_gemm_masked": {
+            "a": normal(4, 8, 128),
+            "b": matrices,
+            "masked_m": ints(0, 1, 2, 8),
+        },
+        "bf16_k_grouped_gemm": {"a": normal(64, 8), "b": normal(64, 16), "ks": ints(32, 32)},
+        "hc_prenorm": {"x": normal(4, 128), "fn": normal(24, 128, dtype=torch.float32)},
+        "indexer_topk": {"logits": normal(2, 64, dtype=torch.float32), "ends": ints(64, 9), "k": 8},
+        "moe_route": {
+            "x": normal(4, 64),
+            "topk_ids": ints(0, 1, 2, 3).view(4, 1),
+            "num_experts": 4,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_garbage(name: str) -> None:
+    function: Callable[..., object] = getattr(sm120_ops, name)
+    good = calls()[name]
+    function(**good)
+    for arg, parameter in inspect.signature(function).parameters.items():
+        if arg in FLAGS:
+            continue
+        for kind, value in GARBAGE.items():
+            if (value is None and parameter.default is None) or (name, arg, kind) in TAKEN:
+                continue
+            with pytest.raises((TypeError, ValueError)) as error:
+                function(**{**good, arg: value})
+            assert f"sm120_ops.{name}: " in str(error.value), f"{arg}={kind}: {error.value}"
