@@ -71,6 +71,7 @@ def output_dtype(
             fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
         return out.dtype
     if out_dtype is not None:
+        require_choice(op, "out_dtype", out_dtype, dtypes)
         return out_dtype
     if c is None:
         return default

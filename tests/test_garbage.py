@@ -36,6 +36,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
+def fp8(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float8_e4m3fn)
+
+
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -66,6 +70,29 @@ def calls() -> dict[str, dict[str, Any]]:
         "bf16_k_grouped_gemm": {"a": normal(64, 8), "b": normal(64, 16), "ks": ints(32, 32)},
         "hc_prenorm": {"x": normal(4, 128), "fn": normal(24, 128, dtype=torch.float32)},
         "indexer_topk": {"logits": normal(2, 64, dtype=torch.float32), "ends": ints(64, 9), "k": 8},
+        "k_grouped_gemm": {
+            "a": (fp8(256, 16), torch.ones(2, 16)),
+            "b": (fp8(256, 32), torch.ones(2, 32)),
+            "ks": ints(128, 128),
+        },
+        "pack_scales": {"scale": torch.ones(8, 4)},
+        "unpack_scales": {"scale": a[1], "groups": 2},
+        "mqa_logits": {
+            "q": fp8(4, 32, 128),
+            "k": (fp8(16, 128), torch.ones(16)),
+            "weights": torch.ones(4, 32),
+            "starts": ints(0, 0, 0, 0),
+            "ends": ints(4, 5, 6, 7),
+        },
+        "paged_mqa_logits": {
+            "q": fp8(2, 1, 32, 128),
+            "kv_cache": torch.zeros(4, 64, 1, 132, dtype=torch.uint8),
+            "weights": torch.ones(2, 32),
+            "context_lens": ints(5, 9),
+            "block_table": ints(0, 1, 2, 3).view(2, 2),
+            "max_context_len": 128,
+        },
+        "paged_mqa_metadata": {"context_lens": ints(5, 9), "num_ctas": 4},
         "moe_route": {
             "x": normal(4, 64),
             "topk_ids": ints(0, 1, 2, 3).view(4, 1),

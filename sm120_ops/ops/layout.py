@@ -112,6 +112,7 @@ def _check_pack_scales(op: str, arg: str, scale: torch.Tensor, rows: int, gran_m
     _check.require_tensor(op, arg, scale, rank=2)
     _check.require_dtype(op, arg, scale, (torch.float32, *BYTE_SCALE_DTYPES))
     _check.require_choice(op, "gran_mn", gran_mn, GRANS_MN)
+    _check.require_number(op, "rows", rows, integer=True)
     _check.require(rows >= 0, op, "rows", "a row count", rows)
     if scale.shape[0] != ceil_div(rows, gran_mn):
         requirement = f"shape [{ceil_div(rows, gran_mn)}, groups] (rows={rows}, gran_mn={gran_mn})"
@@ -198,6 +199,7 @@ def pack_scales(
         into a given tensor and never reads the device.
     """
     _check.require_tensor("pack_scales", "scale", scale, rank=2)
+    _check.require_choice("pack_scales", "gran_mn", gran_mn, GRANS_MN)
     rows = scale.shape[0] * gran_mn if rows is None else rows
     return pack_scales_of("pack_scales", "scale", scale, rows, gran_mn, validate)
 
@@ -216,6 +218,7 @@ def _check_unpack_scales(scale: torch.Tensor, groups: int, dtype: torch.dtype) -
     _check.require_tensor(op, "scale", scale, rank=2)
     check_packed_scales(op, "scale", scale, scale.shape[0])
     _check.require_choice(op, "dtype", dtype, UNPACKED_DTYPES)
+    _check.require_number(op, "groups", groups, integer=True)
     if groups < 0 or ceil_div(groups, 4) != scale.shape[1]:
         words = scale.shape[1]
         requirement = f"{max(4 * words - 3, 0)} to {4 * words} groups for {words} words a row"

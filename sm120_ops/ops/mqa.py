@@ -324,6 +324,7 @@ def paged_mqa_logits(
     op = "paged_mqa_logits"
     q_data, q_scale = _pair(op, "q", q)
     _check.require_no_grad(op, weights=weights)
+    _check.require_number(op, "max_context_len", max_context_len, integer=True)
     dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, default=torch.float32)
     args = (q_data, q_scale, kv_cache, weights, context_lens, block_table)
     if not torch.compiler.is_compiling():
@@ -356,6 +357,7 @@ def paged_mqa_metadata(
         out: int32 [num_ctas + 1, 2] to write.
     """
     op = "paged_mqa_metadata"
+    _check.require_number(op, "num_ctas", num_ctas, integer=True)
     if not torch.compiler.is_compiling():
         check_lens(op, context_lens, indices, None)
     if out is None:
