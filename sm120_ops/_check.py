@@ -7,6 +7,7 @@ strides before they compare sizes with 0 or 1: the latter would tie a compiled g
 
 from __future__ import annotations
 
+import numbers
 from typing import NoReturn
 
 import torch
@@ -80,9 +81,9 @@ def output_dtype(
 
 
 def require_choice(op: str, arg: str, value: object, choices: tuple[object, ...]) -> None:
-    # 32.0 equals 32, and a tensor or array compared with it is neither true nor false.
-    odd = isinstance(value, float | torch.Tensor) or type(value).__hash__ is None
-    if odd or value not in choices:
+    # Of these types, since 32.0 equals 32, and an array compared with it is neither true nor false.
+    plain = type(value) in (int, str, torch.dtype) or isinstance(value, numbers.Integral)
+    if not plain or value not in choices:
         names = ", ".join(repr(choice) for choice in choices[:-1])
         fail(op, arg, f"{names} or {choices[-1]!r}", repr(value))
 
