@@ -62,7 +62,7 @@ def output_dtype(
     c: torch.Tensor | None = None,
     default: torch.dtype = torch.bfloat16,
 ) -> torch.dtype:
-    """The dtype of a result: that of ``out``, one of ``dtypes``, which ``out_dtype`` must not
+    """The dtype of a result, one of ``dtypes``: that of ``out``, which ``out_dtype`` must not
     contradict; without ``out`` it is ``out_dtype``, or else that of ``c``, or else the default.
     """
     if out is not None:
@@ -77,6 +77,7 @@ def output_dtype(
     if c is None:
         return default
     require_tensor(op, "c", c)
+    require_dtype(op, "c", c, dtypes)
     return c.dtype
 
 
@@ -89,8 +90,9 @@ def require_choice(op: str, arg: str, value: object, choices: tuple[object, ...]
 
 
 def require_number(op: str, arg: str, value: object, *, integer: bool = False) -> None:
-    kinds = (int, torch.SymInt) if integer else (int, float, torch.SymInt, torch.SymFloat)
-    if not isinstance(value, kinds):
+    """A number, NumPy's and symbolic ones included."""
+    whole = (int, numbers.Integral, torch.SymInt)
+    if not isinstance(value, whole if integer else (*whole, numbers.Real, torch.SymFloat)):
         fail_type(op, arg, "an int" if integer else "a number", type(value).__name__)
 
 

@@ -101,6 +101,18 @@ def calls() -> dict[str, dict[str, Any]]:
     }
 
 
+def test_numpy_numbers() -> None:
+    logits, ends = normal(2, 64, dtype=torch.float32), ints(64, 9)
+    topk = sm120_ops.indexer_topk(logits, ends, np.int64(8), block_kv=np.int32(64))  # type: ignore[arg-type]
+    assert torch.equal(topk, sm120_ops.indexer_topk(logits, ends, 8))
+    x, fn = normal(4, 128), normal(24, 128, dtype=torch.float32)
+    d, _ = sm120_ops.hc_prenorm(x, fn, eps=np.float32(0.5))  # type: ignore[arg-type]
+    assert torch.equal(d, sm120_ops.hc_prenorm(x, fn, eps=0.5)[0])
+    data, scale = sm120_ops.quantize(x, "mxfp8", np.int64(32))  # type: ignore[arg-type]
+    assert data.shape == x.shape
+    assert scale.shape == (4, 1)
+
+
 @pytest.mark.parametrize("name", list(calls()))
 def test_garbage(name: str) -> None:
     function: Callable[..., object] = getattr(sm120_ops, name)

@@ -117,6 +117,19 @@ struct RingState {
   }
 };
 
+// The same in one register, twice the slot plus the parity, for loops that have few.
+template <int kStages>
+struct PackedRingState {
+  uint32_t packed = 0;
+
+  __device__ __forceinline__ uint32_t stage() const { return packed / 2; }
+  __device__ __forceinline__ uint32_t parity() const { return packed % 2; }
+  __device__ __forceinline__ void advance() {
+    packed += 2;
+    if (packed >= 2 * kStages) packed = packed % 2 ^ 1;
+  }
+};
+
 // One arrival for a whole warp, when all its lanes have come here; none unless `yes`. PTX ISA
 // 9.7.13.15 "elect.sync" takes fewer instructions than a comparison of the lane's number; the
 // emulation's loops get fewer registers with it.

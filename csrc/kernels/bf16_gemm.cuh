@@ -32,7 +32,7 @@ struct Bf16Traits {
   static constexpr int kWarpsAcross = kSliceWarps / kWarpsDown;
   static constexpr int MT = kRows / kWarpsDown / 16, NT = kCols / kWarpsAcross / 8;
   // Whether the next stage's barrier is looked at early; the largest tile has no registers for it.
-  static constexpr bool kLooksAhead = MT * NT < 32 || kSlices > 1;
+  static constexpr bool kLooksAhead = kSlices > 1;
   // Two slices share what follows the sum over K, half of a warp's rows each.
   static constexpr bool kHalves = kSlices == 2;
   static constexpr int kStoreRows = kHalves ? MT / 2 : MT;  // fragments of a warp, at the end
@@ -79,18 +79,12 @@ struct Bf16Traits {
 template <class T>
 struct Bf16Ring {
   uint32_t base;
-  uint32_t at = 0;  // twice the stage, plus its use's parity: registers are few
+  PackedRingState<T::kStages> at;
 
-  __device__ uint32_t stage() const { return at / 2; }
-  __device__ uint32_t parity() const { return at % 2; }
-  __device__ void advance() {
-    at += 2;
-    if (at >= 2 * T::kStages) at = at % 2 ^ 1;
-  }
-  __device__ uint32_t rows() const { return base + stage() * T::kStageBytes; }
+  __device__ uint32_t rows() const { return base + at.stage() * T::kStageBytes; }
   __device__ uint32_t cols() const { return rows() + T::kRowsBytes; }
-  __device__ uint32_t full() const { return base + T::kFullAt + 8 * stage(); }
-  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * stage(); }
+  __device__ uint32_t full() const { return base + T::kFullAt + 8 * at.stage(); }
+  __device__ uint32_t empty() const { return base + T::kEmptyAt + 8 * at.stage(); }
   __device__ uint32_t cut(bool of_cols) const { return base + T::kCutAt + 8 * of_cols; }
 };
 
@@ -160,10 +154,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
   if (!T::kAnyK && !copies) return;
   uint32_t cut_parity = 0;
   for (;; ++queue.count) {
-    if (!known) {
-      mbarrier_wait(queue.full(), queue.parity());
-      tile = queue.read();
-    }
+    if (!known) tile = queue.wait();
     known = false;
     if (tile.group < 0) break;
     const bool in_k = is_in_k<T>(p);
@@ -178,7 +169,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
       const bool cut = in_k && k + T::kBlockK > tile.k_end;
       const uint32_t full = cut ? ring.cut(kCols) : ring.full();
       const uint32_t dst = kCols ? ring.cols() : ring.rows();
-      mbarrier_wait(ring.empty(), ring.parity() ^ 1);
+      mbarrier_wait(ring.empty(), ring.at.parity() ^ 1);
       if (copies) {
         mbarrier_expect_tx(full, kBytes);
         load_operand<kMajor, T::kBlockK, kExtent, kMajor == Major::kK ? T::kKAtom : kAtom>(
@@ -195,7 +186,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Bf16Ring<T> ring, T
           mbarrier_arrive(ring.full());
         }
       }
-      ring.advance();
+      ring.at.advance();
       k += T::kBlockK;
       if (k >= p.matrix_blocks * T::kBlockK) k = 0, ++group;
     }
@@ -237,7 +228,7 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
   // next stage's barrier is looked at while MMAs are issued.
   uint32_t a[2][T::MT][4], b[2][kPairs][4];
   if (blocks <= 0) return;
-  mbarrier_wait(ring.full(), ring.parity());
+  mbarrier_wait(ring.full(), ring.at.parity());
 #pragma unroll
   for (int i = 0; i < T::MT; ++i) rows.load(a[0][i], ring.rows(), i, 0);
 #pragma unroll
@@ -246,13 +237,13 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
   for (; blocks > 0; --blocks) {
     const bool more = blocks > 1;
     Bf16Ring<T> next = ring;
-    next.advance();
+    next.at.advance();
     bool next_full = false;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       const int then = 1 - step;
       if (step == 1 && more) {  // else the loads below read this stage again, for nothing
-        if (!next_full) mbarrier_wait(next.full(), next.parity());
+        if (!next_full) mbarrier_wait(next.full(), next.at.parity());
         ring.at = next.at;
       }
 #pragma unroll
@@ -273,7 +264,7 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
           mma_bf16(acc[i][j], a[step][i], column);
         }
         if (T::kLooksAhead && step == 0 && i == kLoadRows - 1) {
-          next_full = mbarrier_test(next.full(), next.parity());
+          next_full = mbarrier_test(next.full(), next.at.parity());
         }
       }
       if (step == 0) {
@@ -288,7 +279,7 @@ __device__ __forceinline__ void accumulate(int blocks, Bf16Ring<T>& ring,
   }
   if constexpr (T::kSlices == 1) {
     release_stage(ring.empty());
-    ring.advance();
+    ring.at.advance();
   }
 }
 
@@ -366,7 +357,7 @@ __device__ __forceinline__ void add_slices(float (&acc)[T::MT][T::NT][4], Bf16Ri
   // producer; this one does it where racecheck sees it.
   named_barrier<1, kMathThreads>();
   release_stage(ring.empty());
-  ring.advance();
+  ring.at.advance();
 }
 
 template <class T>
@@ -402,13 +393,12 @@ __global__ void __launch_bounds__(kGemmThreads, 1) bf16_gemm(const __grid_consta
   finish_setup();
   grow_registers<T::kMathRegisters>();
   // Begun anew here: ptxas keeps in local memory what lives on from where registers were few.
-  ring.at = new_zero(), queue.count = new_zero();
+  ring.at = {new_zero()}, queue.count = new_zero();
   // The parameters of the stores come into the constant cache, cold when a kernel starts, while
   // there is nothing else to do.
   read_here(p.out.d, p.out.mid);
   for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
-    const Tile tile = queue.read();
+    const Tile tile = queue.wait();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     accumulate<T>(k_blocks_of<T>(p, tile), ring, acc);

@@ -134,10 +134,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, Ring<T> ring, TileQ
   // Few tokens: little code to fetch before the first copies.
   constexpr int kUnroll = T::kDeep == 1 ? 2 : 1;
   for (;; ++queue.count) {
-    if (!known) {
-      mbarrier_wait(queue.full(), queue.parity());
-      tile = queue.read();
-    }
+    if (!known) tile = queue.wait();
     known = false;
     if (tile.group < 0) break;
 #pragma unroll kUnroll
@@ -402,8 +399,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int warp_row = kept((warp - slice * T::kSliceWarps) / T::kWarpsAcross * T::MT * 16);
   const int warp_col = kept(warp % T::kWarpsAcross * T::NT * 8);
   for (;; ++queue.count) {
-    mbarrier_wait(queue.full(), queue.parity());
-    const Tile tile = queue.read();
+    const Tile tile = queue.wait();
     if (tile.group < 0) break;
     float acc[T::MT][T::NT][4] = {};
     multiply_tile<T>(p, tile, ring, acc, warp_row, warp_col, slice);

@@ -56,6 +56,11 @@ struct TileQueue {
             static_cast<int16_t>(work.w),
             static_cast<int16_t>(work.w >> 16)};
   }
+  // The same, once it is there.
+  __device__ Tile wait() const {
+    mbarrier_wait(full(), parity());
+    return read();
+  }
 };
 
 // The barriers of a kernel's ring of stages, by one thread: one for each barrier would take longer,

@@ -379,7 +379,6 @@ def einsum(
     compiling = torch.compiler.is_compiling()
     plan = _parsed(equation) if isinstance(equation, str) and not compiling else parse(equation)
     out_dtype = _check.output_dtype(op, out_dtype, out, OUT_DTYPES, c=c)
-    _check.require_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         kind = "bf16_batch_sum" if plan.summed else "bf16_batched_gemm"
         data_a, data_b = a, b

@@ -199,8 +199,9 @@ def pack_scales(
         into a given tensor and never reads the device.
     """
     _check.require_tensor("pack_scales", "scale", scale, rank=2)
-    _check.require_choice("pack_scales", "gran_mn", gran_mn, GRANS_MN)
-    rows = scale.shape[0] * gran_mn if rows is None else rows
+    if rows is None:
+        _check.require_choice("pack_scales", "gran_mn", gran_mn, GRANS_MN)
+        rows = scale.shape[0] * gran_mn
     return pack_scales_of("pack_scales", "scale", scale, rows, gran_mn, validate)
 
 

@@ -402,11 +402,9 @@ def moe(
     _check.require_no_grad(op, x=x, topk_weights=topk_weights, **biases)
     if out is None and workspace is None:
         return torch.ops.sm120.moe.default(*call, out_dtype=out_dtype)
+    dtype = _check.output_dtype(op, out_dtype, out, FLOAT_DTYPES, default=x.dtype)
     if out is None:
-        dtype = x.dtype if out_dtype is None else out_dtype
         out = x.new_empty(x.shape, dtype=dtype)
-    elif out_dtype is not None and out.dtype != out_dtype:
-        _check.fail_type(op, "out", f"dtype {out_dtype} (out_dtype)", out.dtype)
     if workspace is None:
         workspace = x.new_empty(call.plan.workspace, dtype=torch.uint8)
     torch.ops.sm120.moe.out(*call, workspace=workspace, out=out)

@@ -197,7 +197,6 @@ def _check_schedule(
     op = "paged_mqa_metadata"
     check_lens(op, context_lens, indices, None)
     requirement = f"a CTA count in 1 .. {MAX_CTAS}"
-    _check.require_number(op, "num_ctas", num_ctas, integer=True)
     _check.require(1 <= num_ctas <= MAX_CTAS, op, "num_ctas", requirement, num_ctas)
     return num_ctas + 1, 2
 
